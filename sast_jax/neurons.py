@@ -1,0 +1,162 @@
+"""Leaky integrate-and-fire neurons and readouts as pure functions of time-major arrays `[T, B, ...]`."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sast_jax.spikes import SpikeFn
+
+Reset = Literal["zero", "subtract", "none"]
+
+RESETS: tuple[Reset, ...] = ("zero", "subtract", "none")
+
+
+class LIFState(NamedTuple):
+    """State of a layer between two time steps.
+
+    Attributes:
+        potential: Membrane potential, `[B, ...]`.
+        spikes: Spikes emitted at that step, `[B, ...]`; the reset acts on the next step.
+    """
+
+    potential: jax.Array
+    spikes: jax.Array
+
+
+def lif_init(current: jax.Array) -> LIFState:
+    """Returns the resting state, all zeros, of a layer whose input at one step looks like `current`, `[B, ...]`."""
+    return LIFState(jnp.zeros_like(current), jnp.zeros_like(current))
+
+
+def lif_step(
+    state: LIFState,
+    current: jax.Array,
+    *,
+    decay: float | jax.Array,
+    threshold: float | jax.Array = 1.0,
+    reset: Reset = "zero",
+    spike_fn: SpikeFn,
+) -> LIFState:
+    r"""Advances a layer of leaky integrate-and-fire neurons by one time step.
+
+    .. math::
+        u_t &= \tau u_{t-1} (1 - s_{t-1}) + I_t          && \text{reset zero} \\
+        u_t &= \tau u_{t-1} - \vartheta s_{t-1} + I_t    && \text{reset subtract} \\
+        u_t &= \tau u_{t-1} + I_t                        && \text{reset none} \\
+        s_t &= \varphi(u_t - \vartheta)
+
+    `spike_fn` is the only difference between the modes: a smooth :math:`\varphi` gives the surrogate-forward network, the
+    step function the hard-spike network, on equal weights. Nothing is detached: the gradient passes through the reset.
+
+    Args:
+        state: State at step t - 1; `lif_init` before the first step.
+        current: `[B, ...]` input current of step t, weights already applied.
+        decay: Share :math:`\tau` of the potential kept per step, in [0, 1]; a number or an array that broadcasts.
+        threshold: Potential :math:`\vartheta > 0` above which a neuron spikes; a number or an array that broadcasts.
+        reset: `zero` clears the potential after a spike, `subtract` takes the threshold off it (not decayed), `none` keeps it.
+        spike_fn: :math:`\varphi`, from `sast_jax.spike_fn`.
+
+    Returns:
+        State at step t, in the dtype of `current`.
+
+    Raises:
+        ValueError: If `reset` is unknown.
+
+    References:
+        Gerstner, Kistler, Naud, Paninski. Neuronal Dynamics. Cambridge 2014, section 1.3.
+    """
+    potential, spikes = state
+    if reset == "zero":
+        potential = decay * potential * (1.0 - spikes) + current
+    elif reset == "subtract":
+        potential = decay * potential - threshold * spikes + current
+    elif reset == "none":
+        potential = decay * potential + current
+    else:
+        raise ValueError(f"reset must be one of {', '.join(RESETS)}; got {reset!r}")
+    potential = potential.astype(current.dtype)
+    return LIFState(potential, spike_fn(potential - threshold).astype(current.dtype))
+
+
+def lif(
+    current: jax.Array,
+    *,
+    decay: float | jax.Array,
+    threshold: float | jax.Array = 1.0,
+    reset: Reset = "zero",
+    spike_fn: SpikeFn,
+    initial_state: LIFState | None = None,
+    unroll: int = 1,
+) -> tuple[jax.Array, LIFState]:
+    """Runs a layer of leaky integrate-and-fire neurons over time: `lif_step` under `jax.lax.scan`.
+
+    Args:
+        current: `[T, B, ...]` input current, weights already applied.
+        decay: As in `lif_step`.
+        threshold: As in `lif_step`.
+        reset: As in `lif_step`.
+        spike_fn: As in `lif_step`.
+        initial_state: State before the first step; `None` is the resting state. Passing the returned state of one call
+            to the next continues a recording where it stopped.
+        unroll: Time steps per iteration of the compiled loop; changes speed, not values.
+
+    Returns:
+        Spikes `[T, B, ...]` and the state after the last step.
+
+    Example:
+        A constant current of 0.6 needs two steps to pass the threshold, then starts again from zero.
+
+        >>> spikes, _ = lif(jnp.full((4, 1), 0.6), decay=0.9, spike_fn=lambda x: (x > 0).astype(x.dtype))
+        >>> spikes[:, 0].tolist()
+        [0.0, 1.0, 0.0, 1.0]
+    """
+
+    def step(state, current_now):
+        state = lif_step(state, current_now, decay=decay, threshold=threshold, reset=reset, spike_fn=spike_fn)
+        return state, state.spikes
+
+    state = lif_init(current[0]) if initial_state is None else initial_state
+    state, spikes = jax.lax.scan(step, state, current, unroll=unroll)
+    return spikes, state
+
+
+def leaky_readout(current: jax.Array, decay: float | jax.Array = 0.0) -> jax.Array:
+    r"""Mean over time of the potential of leaky integrators that never spike.
+
+    .. math:: u_t = \tau u_{t-1} + I_t, \qquad y = \tfrac1T \sum_t u_t
+
+    Args:
+        current: `[T, B, K]` current of K output neurons.
+        decay: :math:`\tau` in [0, 1]; 0 is the mean of the current.
+
+    Returns:
+        Logits `[B, K]`.
+
+    Example:
+        >>> leaky_readout(jnp.array([[[1.0]], [[2.0]]]), decay=0.5).item()
+        1.75
+    """
+
+    def step(potential, current_now):
+        potential = decay * potential + current_now
+        return potential, potential
+
+    _, potentials = jax.lax.scan(step, jnp.zeros_like(current[0]), current)
+    return jnp.mean(potentials, axis=0)
+
+
+def rate_readout(spikes: jax.Array) -> jax.Array:
+    """Number of spikes of each output neuron: its rate times the number of steps, so that logits are not confined to [0, 1].
+
+    Args:
+        spikes: `[T, B, K]` spikes of K output neurons.
+
+    Returns:
+        Logits `[B, K]`, in [0, T].
+
+    Example:
+        >>> rate_readout(jnp.array([[[1.0]], [[0.0]], [[1.0]]])).item()
+        2.0
+    """
+    return jnp.sum(spikes, axis=0)

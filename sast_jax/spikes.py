@@ -1,0 +1,157 @@
+r"""Spike functions: the smooth surrogates, the step function and the three ways to combine them.
+
+A surrogate is a smooth, increasing :math:`\sigma_k : \mathbb{R} \to (0, 1)` with :math:`\sigma_k(0) = 1/2` and slope
+parameter :math:`k`; :math:`k \to \infty` gives the step function. Its argument is always the potential minus the threshold.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Mode = Literal["surrogate", "hard", "straight_through"]
+SpikeFn = Callable[[jax.Array], jax.Array]
+
+MODES: tuple[Mode, ...] = ("surrogate", "hard", "straight_through")
+
+
+class SurrogateFamily(NamedTuple):
+    r"""A family of surrogates :math:`\sigma_k`, each member given by its slope :math:`k > 0`.
+
+    Attributes:
+        value: `(x, slope) -> sigma(x)`, element-wise.
+        derivative: `(x, slope) -> sigma'(x)`, element-wise.
+        max_derivative: `slope -> L1`, with :math:`L_1 = \sup_x |\sigma'(x)|`, reached at 0.
+        max_second_derivative: `slope -> L2`, with :math:`L_2 = \sup_x |\sigma''(x)|`, the Lipschitz constant of
+            :math:`\sigma'` (the fast sigmoid has no second derivative at 0 itself).
+    """
+
+    value: Callable[[jax.Array, float], jax.Array]
+    derivative: Callable[[jax.Array, float], jax.Array]
+    max_derivative: Callable[[float], float]
+    max_second_derivative: Callable[[float], float]
+
+
+def arctan(x: jax.Array, slope: float) -> jax.Array:
+    r"""Arctangent surrogate, :math:`\sigma(x) = 1/2 + \arctan(\tfrac{\pi}{2} k x) / \pi`.
+
+    References:
+        Fang, Yu, Chen, Masquelier, Huang, Tian. Incorporating Learnable Membrane Time Constant to Enhance Learning of
+        Spiking Neural Networks. ICCV 2021.
+    """
+    return 0.5 + jnp.arctan(0.5 * math.pi * slope * x) / math.pi
+
+
+def logistic(x: jax.Array, slope: float) -> jax.Array:
+    r"""Logistic surrogate, :math:`\sigma(x) = 1 / (1 + e^{-k x})`."""
+    return jax.nn.sigmoid(slope * x)
+
+
+def fast_sigmoid(x: jax.Array, slope: float) -> jax.Array:
+    r"""Fast sigmoid surrogate, :math:`\sigma(x) = \tfrac12 \bigl(1 + k x / (1 + k |x|)\bigr)`.
+
+    References:
+        Zenke, Ganguli. SuperSpike: Supervised Learning in Multilayer Spiking Neural Networks. Neural Computation 2018.
+    """
+    return 0.5 * (1.0 + slope * x / (1.0 + slope * jnp.abs(x)))
+
+
+FAMILIES: dict[str, SurrogateFamily] = {
+    "arctan": SurrogateFamily(
+        value=arctan,
+        derivative=lambda x, slope: 0.5 * slope / (1.0 + jnp.square(0.5 * math.pi * slope * x)),
+        max_derivative=lambda slope: slope / 2,
+        max_second_derivative=lambda slope: 3 * math.sqrt(3) * math.pi * slope**2 / 32,
+    ),
+    "logistic": SurrogateFamily(
+        value=logistic,
+        derivative=lambda x, slope: slope * jax.nn.sigmoid(slope * x) * jax.nn.sigmoid(-slope * x),
+        max_derivative=lambda slope: slope / 4,
+        max_second_derivative=lambda slope: slope**2 / (6 * math.sqrt(3)),
+    ),
+    "fast_sigmoid": SurrogateFamily(
+        value=fast_sigmoid,
+        derivative=lambda x, slope: 0.5 * slope / jnp.square(1.0 + slope * jnp.abs(x)),
+        max_derivative=lambda slope: slope / 2,
+        max_second_derivative=lambda slope: slope**2,
+    ),
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def heaviside(x: jax.Array, slope: float, family: str) -> jax.Array:
+    r"""Step function whose derivative is replaced by a surrogate's: the straight-through spike.
+
+    .. math:: H(x) = 1 \text{ if } x > 0 \text{ else } 0, \qquad \partial H / \partial x := \sigma_k'(x)
+
+    The inequality is strict: a potential that only reaches the threshold does not spike.
+
+    Args:
+        x: Potential minus threshold, any shape.
+        slope: Slope :math:`k` of the surrogate; it receives a zero gradient.
+        family: A key of `FAMILIES`.
+
+    Returns:
+        0 or 1 in the dtype of `x`.
+
+    References:
+        Neftci, Mostafa, Zenke. Surrogate Gradient Learning in Spiking Neural Networks. IEEE SPM 2019.
+    """
+    del slope, family
+    return (x > 0).astype(x.dtype)
+
+
+def _heaviside_fwd(x, slope, family):
+    return heaviside(x, slope, family), (x, slope)
+
+
+def _heaviside_bwd(family, residuals, cotangent):
+    x, slope = residuals
+    return cotangent * FAMILIES[family].derivative(x, slope), jnp.zeros_like(slope)
+
+
+heaviside.defvjp(_heaviside_fwd, _heaviside_bwd)
+
+
+def spike_fn(mode: Mode, family: str = "arctan", slope: float = 2.0) -> SpikeFn:
+    r"""Returns the function from potential minus threshold to spikes.
+
+    ==================  ===================  ====================  ==================================================
+    mode                value                derivative            used for
+    ==================  ===================  ====================  ==================================================
+    `surrogate`         :math:`\sigma_k(x)`  :math:`\sigma_k'(x)`  training; the gradient is exact
+    `hard`              :math:`H(x)`         0                     deployment
+    `straight_through`  :math:`H(x)`         :math:`\sigma_k'(x)`  the usual practice; the gradient is not that of `H`
+    ==================  ===================  ====================  ==================================================
+
+    Args:
+        mode: `surrogate`, `hard` or `straight_through`.
+        family: `arctan`, `logistic` or `fast_sigmoid`; not used in hard mode.
+        slope: Slope :math:`k > 0`; not used in hard mode.
+
+    Returns:
+        An element-wise function that keeps shape and dtype.
+
+    Raises:
+        ValueError: If `mode` or `family` is unknown, or a concrete `slope` is not positive.
+
+    Example:
+        >>> float(spike_fn("surrogate", "arctan", 2.0)(jnp.array(0.0)))
+        0.5
+        >>> float(spike_fn("hard")(jnp.array(0.0)))
+        0.0
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    if isinstance(slope, (int, float)) and not slope > 0:
+        raise ValueError(f"slope must be positive; got {slope!r}")
+    if mode == "surrogate":
+        return lambda x: FAMILIES[family].value(x, slope)
+    if mode == "hard":
+        return lambda x: (x > 0).astype(x.dtype)
+    return lambda x: heaviside(x, slope, family)
