@@ -71,12 +71,14 @@ def sam(
                 "sam needs the gradient function of the descent batch: call update(perturbation_grads, state, params, "
                 "grad_fn=lambda params: jax.grad(loss)(params, descent_batch))"
             )
-        scale = jnp.asarray(rho(state.count) if callable(rho) else rho, jnp.float32)
+        radius = jnp.asarray(rho(state.count) if callable(rho) else rho, jnp.float32)
+        direction = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         if normalize:
-            # In float32 also for bfloat16 weights; `tiny` keeps a zero gradient from turning into 0 / 0.
-            norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
-            scale = scale / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
-        perturbed = jax.tree.map(lambda w, g: w + (scale * g).astype(w.dtype), params, updates)
+            # Scaled by the largest entry first, because the squares of a small gradient underflow; `tiny` makes 0 / 0 a 0.
+            for order in ("inf", 2):
+                norm = jnp.maximum(optax.tree.norm(direction, ord=order), jnp.finfo(jnp.float32).tiny)
+                direction = optax.tree.scale(1 / norm, direction)
+        perturbed = jax.tree.map(lambda w, e: (w + radius * e).astype(w.dtype), params, direction)
         return grad_fn(perturbed), SamState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

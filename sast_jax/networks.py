@@ -1,0 +1,243 @@
+"""Spiking networks as linen modules: one definition, any mode on the same weights, two orders of work."""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sast_jax.neurons import LIFState, Reset, leaky_readout, lif, lif_init, lif_step, rate_readout
+from sast_jax.spikes import Mode, spike_fn
+
+Order = Literal["layer_major", "step_major"]
+Readout = Literal["leaky", "rate"]
+
+ORDERS: tuple[Order, ...] = ("layer_major", "step_major")
+READOUTS: tuple[Readout, ...] = ("leaky", "rate")
+
+
+class NetworkOutput(NamedTuple):
+    """What a network returns.
+
+    Attributes:
+        logits: `[B, K]`.
+        spikes: Spikes of each layer, `[T, B, ...]`; in surrogate mode numbers in (0, 1). What is not used costs nothing under jit.
+    """
+
+    logits: jax.Array
+    spikes: tuple[jax.Array, ...]
+
+
+@jax.custom_vjp
+def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution with stride 1 and zero padding to the same size, with a gradient that is fast inside a loop.
+
+    XLA rewrites the gradient of a convolution for its fast kernels, but not inside a while loop (jax issue 12868), so the
+    weight gradient is written here as a convolution of explicitly transposed operands: images as the channels they are
+    contracted over, the output's cotangent as the kernel.
+
+    Args:
+        images: `[B, H, W, C]`.
+        kernel: `[h, w, C, F]`.
+
+    Returns:
+        `[B, H, W, F]`.
+    """
+    return _convolution(images, kernel, [_same_padding(size) for size in kernel.shape[:2]])
+
+
+def _same_padding(size):
+    return (size - 1) // 2, size // 2
+
+
+def _convolution(images, kernel, padding):
+    return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _convolution_fwd(images, kernel):
+    return convolution(images, kernel), (images, kernel)
+
+
+def _convolution_bwd(residuals, cotangent):
+    images, kernel = residuals
+    padding = [_same_padding(size) for size in kernel.shape[:2]]
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    images_cotangent = _convolution(cotangent, flipped, [(high, low) for low, high in padding])
+    operands = images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
+    kernel_cotangent = _convolution(*lax.optimization_barrier(operands), padding)
+    return images_cotangent, kernel_cotangent.transpose(1, 2, 0, 3)
+
+
+convolution.defvjp(_convolution_fwd, _convolution_bwd)
+
+
+class Convolution(nn.Module):
+    """`convolution` with a bias; weights as in `flax.linen.Conv`.
+
+    Attributes:
+        features: Number of output channels F.
+        kernel_size: Height and width of the kernel.
+    """
+
+    features: int
+    kernel_size: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        shape = self.kernel_size, self.kernel_size, images.shape[-1], self.features
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return convolution(images, kernel) + bias
+
+
+class SpikingNetwork(nn.Module):
+    """Stages of synapse and neurons, then a linear readout. Subclasses say what the synapses are.
+
+    The mode is an argument of the call and never part of the weights: the same `params` serve all three modes.
+
+    Attributes:
+        num_classes: Number of classes K.
+        decay: Share of the potential kept per step, in [0, 1].
+        threshold: Potential above which a neuron spikes, > 0.
+        reset: `zero`, `subtract` or `none`.
+        family: Surrogate family, `arctan`, `logistic` or `fast_sigmoid`.
+        slope: Slope of the surrogate, > 0.
+        readout: `leaky`: mean potential of integrators that do not spike; `rate`: spike counts of spiking output neurons.
+        readout_decay: Decay of the leaky readout, in [0, 1]; 0 is the mean of the output current.
+        order: `layer_major` takes all T steps through one layer before the next (T * B images at once through each synapse);
+            `step_major` takes all layers through one step before the next. Equal up to rounding; they differ in speed.
+        unroll: Steps per iteration of the compiled time loop, or `None` for all of them (no loop is left).
+    """
+
+    num_classes: int
+    decay: float = 0.9
+    threshold: float = 1.0
+    reset: Reset = "zero"
+    family: str = "arctan"
+    slope: float = 2.0
+    readout: Readout = "leaky"
+    readout_decay: float = 0.0
+    order: Order = "layer_major"
+    unroll: int | None = 1
+
+    def make_synapses(self) -> list[Callable[[jax.Array], jax.Array]]:
+        """Returns, per stage and last for the readout, the function from spikes or frames `[B, ...]` to current `[B, ...]`."""
+        raise NotImplementedError
+
+    def setup(self):
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}")
+        if self.readout not in READOUTS:
+            raise ValueError(f"readout must be one of {', '.join(READOUTS)}; got {self.readout!r}")
+        self.synapses = self.make_synapses()
+
+    def __call__(self, frames: jax.Array, mode: Mode = "surrogate") -> NetworkOutput:
+        """Applies the network.
+
+        Args:
+            frames: `[T, B, H, W, C]` event frames.
+            mode: `surrogate`, `hard` or `straight_through`.
+
+        Returns:
+            Logits and the spikes of each layer.
+        """
+        neuron = {
+            "decay": self.decay,
+            "threshold": self.threshold,
+            "reset": self.reset,
+            "spike_fn": spike_fn(mode, self.family, self.slope),
+        }
+        run = self._layer_major if self.order == "layer_major" else self._step_major
+        spikes, outputs = run(frames, neuron)
+        if self.readout == "rate":
+            return NetworkOutput(rate_readout(outputs), spikes)
+        return NetworkOutput(leaky_readout(outputs, self.readout_decay), spikes)
+
+    @property
+    def _num_spiking(self) -> int:
+        return len(self.synapses) - (self.readout == "leaky")
+
+    def _layer_major(self, frames, neuron):
+        num_time_steps, batch_size = frames.shape[:2]
+        spikes, x = [], frames
+        for index, synapse in enumerate(self.synapses):
+            current = synapse(x.reshape(-1, *x.shape[2:]))
+            x = current.reshape(num_time_steps, batch_size, *current.shape[1:])
+            if index < self._num_spiking:
+                x, _ = lif(x, unroll=self.unroll or num_time_steps, **neuron)
+                spikes.append(x)
+        return tuple(spikes), x
+
+    def _step_major(self, frames, neuron):
+        def step(network, states, x):
+            new_states = []
+            for index, synapse in enumerate(network.synapses):
+                x = synapse(x)
+                if index < network._num_spiking:
+                    state = lif_init(x) if states is None else states[index]
+                    new_states.append(lif_step(state, x, **neuron))
+                    x = new_states[-1].spikes
+            return tuple(new_states), x
+
+        def scan_step(network, states, x):
+            states, output = step(network, states, x)
+            return states, (tuple(state.spikes for state in states), output)
+
+        # The first step stands before the loop: it creates the weights and shows the shapes of the states.
+        states, output = step(self, None, frames[0])
+        first = tuple(state.spikes for state in states), output
+        scan = nn.scan(
+            scan_step,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            unroll=self.unroll or max(1, frames.shape[0] - 1),
+        )
+        _, rest = scan(self, states, frames[1:])
+        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+
+
+class SpikingMLP(SpikingNetwork):
+    """Fully connected spiking network.
+
+    Attributes:
+        features: Neurons of each hidden layer.
+    """
+
+    features: tuple[int, ...] = (512,)
+
+    def make_synapses(self):
+        dense = [nn.Dense(features, name=f"dense_{i}") for i, features in enumerate(self.features)]
+        dense.append(nn.Dense(self.num_classes, name="readout"))
+        return [lambda x, layer=layer: layer(x.reshape(x.shape[0], -1)) for layer in dense]
+
+
+class SpikingConvNet(SpikingNetwork):
+    """Convolutional spiking network: convolution - spikes - average pooling, repeated, then a dense readout.
+
+    Attributes:
+        features: Channels of each convolution.
+        kernel_size: Height and width of the kernels.
+        pool_size: Height, width and stride of the average pooling; an incomplete border window is dropped.
+    """
+
+    features: tuple[int, ...] = (12, 32)
+    kernel_size: int = 5
+    pool_size: int = 2
+    order: Order = "step_major"
+
+    def make_synapses(self):
+        window = (self.pool_size, self.pool_size)
+
+        def pooled(layer):
+            return lambda x: layer(nn.avg_pool(x, window, strides=window))
+
+        convolutions = [Convolution(f, self.kernel_size, name=f"conv_{i}") for i, f in enumerate(self.features)]
+        dense = nn.Dense(self.num_classes, name="readout")
+        return [
+            convolutions[0],
+            *(pooled(layer) for layer in convolutions[1:]),
+            pooled(lambda x: dense(x.reshape(x.shape[0], -1))),
+        ]
