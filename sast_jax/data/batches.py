@@ -1,0 +1,70 @@
+"""Which samples make up a batch: a pure function of seed, stream and step, so there is no iterator to save or restore."""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from sast_jax.data.cache import Recordings
+
+DESCENT = 0
+"""Stream of the batches whose gradient the optimizer applies."""
+
+PERTURBATION = 1
+"""Stream of the batches whose gradient perturbs the weights."""
+
+
+class Batch(NamedTuple):
+    """Samples for one step.
+
+    Attributes:
+        frames: uint8 `[T, B, H, W, 2]`.
+        labels: int32 `[B]`.
+        mask: bool `[B]`; `False` marks padding of the last batch of an evaluation.
+    """
+
+    frames: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
+
+
+def batch_indices(num_samples: int, batch_size: int, *, seed: int, stream: int, step: int) -> np.ndarray:
+    """Returns the samples of a training batch.
+
+    Each epoch of a stream is a fresh shuffle, cut into `num_samples // batch_size` batches; what is left over is left out
+    of that epoch. Streams are shuffled by independently seeded generators. Over a finite set the streams are
+    independent of each other at every step, while successive batches of one stream within an epoch are disjoint and not i.i.d.
+
+    Args:
+        num_samples: Number of samples N.
+        batch_size: Number of samples per batch, at most N.
+        seed: Non-negative seed of the run.
+        stream: `DESCENT` or `PERTURBATION`.
+        step: Step, from 0.
+
+    Returns:
+        int64 `[batch_size]`, without repetition.
+    """
+    epoch, position = divmod(step, num_samples // batch_size)
+    return _shuffle(num_samples, seed, stream, epoch)[position * batch_size : (position + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffle(num_samples, seed, stream, epoch):
+    return np.random.default_rng((seed, stream, epoch)).permutation(num_samples)
+
+
+def take_batch(recordings: Recordings, indices: np.ndarray) -> Batch:
+    """Returns the given samples as a time-major batch."""
+    frames = recordings.frames[indices].swapaxes(0, 1)
+    return Batch(frames, recordings.labels[indices], np.ones(len(indices), bool))
+
+
+def evaluation_batches(recordings: Recordings, batch_size: int) -> Iterator[Batch]:
+    """Yields all samples in order, in batches of equal size; the last one is padded and its padding masked."""
+    num_samples = len(recordings.labels)
+    for start in range(0, num_samples, batch_size):
+        position = np.arange(start, start + batch_size)
+        batch = take_batch(recordings, np.minimum(position, num_samples - 1))
+        yield batch._replace(mask=position < num_samples)

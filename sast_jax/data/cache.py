@@ -1,0 +1,75 @@
+"""Binned recordings on disk: built once, checked at every load."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from sast_jax.files import atomic_write
+
+
+class Recordings(NamedTuple):
+    """Binned recordings of N samples.
+
+    Attributes:
+        frames: uint8 `[N, T, H, W, 2]` event counts.
+        labels: int32 `[N]`.
+        ids: str `[N]`, the name of each recording in its data set.
+    """
+
+    frames: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+
+    def take(self, index: np.ndarray) -> "Recordings":
+        """Returns the samples with the given indices, in that order."""
+        return Recordings(self.frames[index], self.labels[index], self.ids[index])
+
+    def checksum(self) -> str:
+        """SHA-256 over shapes, dtypes and bytes of all arrays."""
+        digest = hashlib.sha256()
+        for array in self:
+            digest.update(f"{array.shape}{array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def cache_dir() -> Path:
+    """Folder of the cache: the environment variable `SAST_JAX_CACHE`, else `~/.cache/sast_jax`."""
+    return Path(os.environ.get("SAST_JAX_CACHE") or Path.home() / ".cache" / "sast_jax").expanduser()
+
+
+def load_or_build(description: dict[str, Any], build: Callable[[], Recordings]) -> Recordings:
+    """Returns the cached recordings of `description`, building them if they are missing or damaged.
+
+    Args:
+        description: All that the result depends on (data set, files, binning), as JSON values with a `name`; anything
+            else gets another cache file, so a changed binning never meets stale frames.
+        build: Makes the recordings.
+
+    Returns:
+        The recordings, equal to what `build` returns.
+    """
+    key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_dir() / f"{description['name']}-{key}.npz"
+    cached = _load(path)
+    if cached is None:
+        cached = build()
+        with atomic_write(path) as file:
+            np.savez(file, checksum=np.array(cached.checksum()), **cached._asdict())
+    return cached
+
+
+def _load(path: Path) -> Recordings | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            recordings = Recordings(**{name: arrays[name] for name in Recordings._fields})
+            return recordings if recordings.checksum() == arrays["checksum"].item() else None
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+
