@@ -77,6 +77,7 @@ SCHEMA: dict[str, Field] = {
     "network.slope": _number(0, above=True),
     "network.readout": _choice(*networks.READOUTS),
     "network.readout_decay": _number(0, 1),
+    "network.init_gain": _number(0, above=True),
     "mode": _choice("surrogate", "straight_through"),
     "sam.rho": _number(0),
     "sam.perturbation": _choice("independent", "same"),
@@ -114,12 +115,10 @@ def load_configs(spec: str, overrides: Sequence[str] = ()) -> dict[str, ml_colle
     """
     path, _, variant = spec.rpartition(":") if not Path(spec).exists() and ":" in spec else (spec, "", "")
     get_config = _load_get_config(Path(path))
-    base = _call(get_config, variant, path)
-    variants = base.pop(_VARIANTS, None) or ("",)
+    base, variants = _call(get_config, variant, path)
     configs, problems = {}, []
     for name in variants:
-        config = _call(get_config, name, path) if name else base
-        config.pop(_VARIANTS, None)
+        config = _call(get_config, name, path)[0] if name else base
         own = {key for key, value in flatten(config).items() if name and flatten(base).get(key) != value}
         found = apply_overrides(config, overrides, keep=own) + find_problems(config)
         problems += [problem for problem in found if problem not in problems]
@@ -144,14 +143,19 @@ def _load_get_config(path: Path) -> Callable[..., ml_collections.ConfigDict]:
     return module.get_config
 
 
-def _call(get_config, variant: str, path: str) -> ml_collections.ConfigDict:
+def _call(get_config, variant: str, path: str) -> tuple[ml_collections.ConfigDict, tuple[str, ...]]:
+    """Returns a config without its field `variants`, and that field."""
     try:
         config = get_config(variant)
     except Exception as error:
         raise UserError(f"--config: {path!r} with variant {variant!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config: get_config of {path!r} must return an ml_collections.ConfigDict; got {type(config).__name__}")
-    return config.copy_and_resolve_references().unlock()
+    config = config.copy_and_resolve_references().unlock()
+    variants = tuple(config.get(_VARIANTS, ())) or ("",)
+    if _VARIANTS in config:
+        del config[_VARIANTS]
+    return config, variants
 
 
 def flatten(config: ml_collections.ConfigDict | dict[str, Any]) -> dict[str, Any]:

@@ -80,15 +80,17 @@ class Convolution(nn.Module):
     Attributes:
         features: Number of output channels F.
         kernel_size: Height and width of the kernel.
+        kernel_init: Initializer of the kernel.
     """
 
     features: int
     kernel_size: int
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         shape = self.kernel_size, self.kernel_size, images.shape[-1], self.features
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return convolution(images, kernel) + bias
 
@@ -107,6 +109,8 @@ class SpikingNetwork(nn.Module):
         slope: Slope of the surrogate, > 0.
         readout: `leaky`: mean potential of integrators that do not spike; `rate`: spike counts of spiking output neurons.
         readout_decay: Decay of the leaky readout, in [0, 1]; 0 is the mean of the output current.
+        init_gain: Standard deviation of the initial weights times the square root of their fan-in. At 1 (LeCun) few neurons
+            of a second layer reach the threshold and learning starts slowly.
         order: `layer_major` takes all T steps through one layer before the next (T * B images at once through each synapse);
             `step_major` takes all layers through one step before the next. Equal up to rounding; they differ in speed.
         unroll: Steps per iteration of the compiled time loop, or `None` for all of them (no loop is left).
@@ -120,12 +124,18 @@ class SpikingNetwork(nn.Module):
     slope: float = 2.0
     readout: Readout = "leaky"
     readout_decay: float = 0.0
+    init_gain: float = 2.0
     order: Order = "layer_major"
     unroll: int | None = 1
 
     def make_synapses(self) -> list[Callable[[jax.Array], jax.Array]]:
         """Returns, per stage and last for the readout, the function from spikes or frames `[B, ...]` to current `[B, ...]`."""
         raise NotImplementedError
+
+    @property
+    def kernel_init(self) -> nn.initializers.Initializer:
+        """Initializer of all weights but the biases, which start at 0."""
+        return nn.initializers.variance_scaling(self.init_gain**2, "fan_in", "truncated_normal")
 
     def setup(self):
         if self.order not in ORDERS:
@@ -209,8 +219,8 @@ class SpikingMLP(SpikingNetwork):
     features: tuple[int, ...] = (512,)
 
     def make_synapses(self):
-        dense = [nn.Dense(features, name=f"dense_{i}") for i, features in enumerate(self.features)]
-        dense.append(nn.Dense(self.num_classes, name="readout"))
+        sizes = {f"dense_{i}": features for i, features in enumerate(self.features)} | {"readout": self.num_classes}
+        dense = [nn.Dense(size, kernel_init=self.kernel_init, name=name) for name, size in sizes.items()]
         return [lambda x, layer=layer: layer(x.reshape(x.shape[0], -1)) for layer in dense]
 
 
@@ -234,8 +244,11 @@ class SpikingConvNet(SpikingNetwork):
         def pooled(layer):
             return lambda x: layer(nn.avg_pool(x, window, strides=window))
 
-        convolutions = [Convolution(f, self.kernel_size, name=f"conv_{i}") for i, f in enumerate(self.features)]
-        dense = nn.Dense(self.num_classes, name="readout")
+        convolutions = [
+            Convolution(features, self.kernel_size, self.kernel_init, name=f"conv_{i}")
+            for i, features in enumerate(self.features)
+        ]
+        dense = nn.Dense(self.num_classes, kernel_init=self.kernel_init, name="readout")
         return [
             convolutions[0],
             *(pooled(layer) for layer in convolutions[1:]),

@@ -1,0 +1,64 @@
+"""Convolutional network on simulated recordings of handwritten digits: trained anywhere, offline, in minutes.
+
+    sast-jax train --config=configs/digits.py --workdir=runs/digits
+"""
+
+import ml_collections
+
+VARIANTS = ("baseline", "sast", "straight_through")
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """Returns the config of a variant; without one, of the pair of baseline and SAST."""
+    if variant not in ("", *VARIANTS):
+        raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, or none for the pair; got {variant!r}")
+    config = ml_collections.ConfigDict()
+    if not variant:
+        config.variants = ("baseline", "sast")  # What is trained side by side, each in a folder of its own.
+
+    config.dataset = ml_collections.ConfigDict()
+    config.dataset.name = "digits"  # digits: simulated, always at hand; nmnist: recordings in dataset.root.
+    config.dataset.root = ""  # Not used: digits are simulated.
+    config.dataset.download = False  # Not used.
+    config.dataset.num_time_steps = 10  # Frames T per recording, of 30 ms each.
+    config.dataset.binary = True  # Frames say that there was an event, not how many.
+    config.dataset.num_validation = 180  # Classes in proportion; all choices are made on them.
+    config.dataset.num_test = 360  # Classes in proportion; 1,257 samples are left for training.
+    config.dataset.seed = 0  # Of the simulation and of the split; not of the run.
+
+    config.network = ml_collections.ConfigDict()
+    config.network.kind = "conv"  # conv: convolution - spikes - pooling, repeated; mlp: dense layers.
+    config.network.features = (12, 32)  # Channels of each convolution, or neurons of each dense layer.
+    config.network.kernel_size = 5  # Height and width of the kernels (conv).
+    config.network.pool_size = 2  # Height, width and stride of the average pooling (conv).
+    config.network.decay = 0.9  # Share of the potential kept per step.
+    config.network.threshold = 1.0  # Potential above which a neuron spikes.
+    config.network.reset = "zero"  # After a spike; zero is the papers' form, subtract and none the others.
+    config.network.family = "arctan"  # Smooth spikes: arctan, logistic, fast_sigmoid.
+    config.network.slope = 2.0  # Of the smooth spikes; the steeper, the closer to hard ones and the smaller the gap.
+    config.network.readout = "leaky"  # leaky: mean potential of outputs that do not spike; rate: their spike counts.
+    config.network.readout_decay = 0.0  # Of the leaky readout; 0: the mean of the output current.
+    config.network.init_gain = 2.0  # Initial weights are this much larger than LeCun's; at 1 learning starts slowly.
+
+    config.mode = "surrogate"  # Forward pass of training: smooth spikes, or straight_through (hard, smooth derivative).
+    config.sam = ml_collections.ConfigDict()
+    config.sam.rho = 0.3  # Radius of the perturbation; 0: no SAM, half the gradients.
+    config.sam.perturbation = "independent"  # Batch of the perturbation: independent of the descent batch, or the same.
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "adam"  # adam, adamw, or sgd (momentum 0.9).
+    config.optimizer.learning_rate = 3e-3  # At the start of the schedule.
+    config.optimizer.schedule = "cosine"  # cosine: down to 0 at the end; constant.
+    config.optimizer.weight_decay = 0.0  # Of adamw.
+
+    config.batch_size = 64  # Of the descent batch and of the perturbation batch.
+    config.num_epochs = 10  # Passes over the training part by the descent batches.
+    config.evaluate_every_epochs = 5  # On the validation part, in both modes.
+    config.checkpoint_every_epochs = 5  # The last two checkpoints are kept.
+    config.seed = 0  # Of the weights and of the batches.
+
+    if variant in ("baseline", "straight_through"):
+        config.sam.rho = 0.0
+    if variant == "straight_through":
+        config.mode = "straight_through"
+    return config

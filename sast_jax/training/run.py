@@ -1,0 +1,203 @@
+"""A run on disk: its folder, its checkpoints, and how to use a trained one."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from sast_jax import config as config_lib
+from sast_jax.errors import UserError, refuse
+from sast_jax.files import write_json
+from sast_jax.networks import SpikingNetwork
+from sast_jax.spikes import Mode
+from sast_jax.training.state import TrainState
+
+RUN, RESULTS, METRICS, CHECKPOINTS = "run.json", "results.json", "metrics.jsonl", "checkpoints"
+
+_MAY_MOVE = {"dataset.root", "dataset.download"}  # Where recordings lie; what they are is compared by checksum.
+
+
+class Checkpoints:
+    """Checkpoints of a run: the last two, each whole or absent.
+
+    A checkpoint is the state (weights, optimizer state, step) and the seconds of training it took. Batches are functions
+    of (seed, stream, step), so nothing else is needed to resume exactly.
+    """
+
+    def __init__(self, workdir: Path):
+        """Opens or creates the checkpoints of a run folder."""
+        logging.set_verbosity(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self._manager = ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)
+
+    def save(self, state: TrainState, *, seconds: float) -> None:
+        """Saves the state in the background, under its step; a step that is there already is not saved again."""
+        step = int(state.step)
+        if step != self._manager.latest_step():
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state.__dict__), meta=ocp.args.JsonSave({"seconds": seconds})
+            )
+            self._manager.save(step, args=items)
+
+    def restore(self, state: TrainState) -> tuple[TrainState, float] | None:
+        """Returns the last saved state, in the shapes and types of `state`, and its seconds; `None` if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state.__dict__)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        # A copy, so that donating the state to the train step cannot touch buffers that the checkpointer still holds.
+        return TrainState(**jax.tree.map(jnp.copy, restored["state"])), restored["meta"]["seconds"]
+
+    def restore_params(self) -> Any | None:
+        """Returns the weights of the last saved state, or `None` if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+        return restored["state"]["params"]
+
+    def close(self) -> None:
+        """Waits for the last save to be on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def environment() -> dict[str, str]:
+    """Returns the versions and the device that a result was made with."""
+    packages = ("sast_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"device": jax.devices()[0].device_kind} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the content of a JSON file of a run, or `None` if it is not there.
+
+    Raises:
+        UserError: If it is there but damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); restore it, or choose another --workdir") from error
+
+
+def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Refuses a folder that holds a run of another config.
+
+    Raises:
+        UserError: Listing the fields that differ.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir: {str(workdir)!r} is a file; give a folder, new or of a run to go on with")
+    members = run_members(workdir)
+    if members:
+        raise UserError(f"--workdir: {str(workdir)!r} holds the runs {', '.join(members)}; give one of them or a new folder")
+    run = read_json(workdir / RUN)
+    if run is not None:
+        old = config_lib.flatten(run["config"])
+        new = config_lib.flatten(config_lib.to_json(config))
+        differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in _MAY_MOVE]
+        refuse(
+            [f"{key}: the run has {old.get(key)!r}, the config {new.get(key)!r}" for key in differing],
+            f"--workdir: {str(workdir)!r} is a run of another config; choose another folder, or the config that made it:",
+        )
+
+
+def register(workdir: Path, config: ml_collections.ConfigDict, description: dict[str, Any]) -> None:
+    """Writes what a run is, `{"config", "data", "environment"}`, or checks it against what is written there.
+
+    Args:
+        workdir: Folder of the run, made if missing.
+        config: Config of the run.
+        description: What identifies its data; `checksum` is compared.
+
+    Raises:
+        UserError: If the data are not those the run began with, or the folder cannot be written.
+    """
+    run = read_json(workdir / RUN)
+    if run is None:
+        try:
+            write_json(workdir / RUN, {"config": config_lib.to_json(config), "data": description, "environment": environment()})
+        except OSError as error:
+            raise UserError(f"--workdir: cannot write to {str(workdir)!r}: {error}") from error
+    elif run["data"]["checksum"] != description["checksum"]:
+        raise UserError(
+            f"--workdir: {str(workdir)!r} was begun with other recordings ({run['data']}) than the data set has now "
+            f"({description}); restore them, or choose another folder"
+        )
+
+
+def run_members(workdir: Path) -> list[str]:
+    """Returns the names of the runs in a folder of several, in the order in which they were trained; none for a single run."""
+    results = read_json(workdir / RESULTS) or {}
+    folders = sorted(path.parent.name for path in workdir.glob(f"*/{RUN}"))
+    return [name for name in results.get("runs", folders) if name in folders]
+
+
+class Run(NamedTuple):
+    """A trained network.
+
+    Attributes:
+        network: The linen module.
+        params: Its weights.
+        config: The config it was trained with.
+        results: What `results.json` holds, or `None` if training has not finished.
+    """
+
+    network: SpikingNetwork
+    params: Any
+    config: ml_collections.ConfigDict
+    results: dict[str, Any] | None
+
+    def predict(self, frames: np.ndarray, mode: Mode = "hard") -> jax.Array:
+        """Returns the logits `[B, K]` of event frames.
+
+        Args:
+            frames: `[T, B, H, W, 2]`, as the network was trained on: with `config.dataset.binary`, counts are cut to 0 and 1 here.
+            mode: `surrogate`, `hard` or `straight_through`.
+        """
+        frames = jnp.asarray(frames, jnp.float32)
+        if self.config.dataset.binary:
+            frames = jnp.minimum(frames, 1.0)
+        return _apply(self.network, self.params, frames, mode).logits
+
+
+_apply = jax.jit(lambda network, params, frames, mode: network.apply({"params": params}, frames, mode), static_argnums=(0, 3))
+
+
+def load_run(workdir: str | Path) -> Run:
+    """Loads a run, finished or not, from its last checkpoint.
+
+    Args:
+        workdir: Folder of the run. A folder of several runs, as a pair of baseline and SAST, stands for the last of them.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: If the folder holds no run or no checkpoint.
+    """
+    workdir = Path(workdir)
+    members = run_members(workdir)
+    workdir = workdir / members[-1] if members else workdir
+    run = read_json(workdir / RUN)
+    if run is None:
+        raise UserError(f"--workdir: {str(workdir)!r} is no run; expected a folder that `sast-jax train` wrote, with {RUN}")
+    config = config_lib.from_json(run["config"])
+    checkpoints = Checkpoints(workdir)
+    params = checkpoints.restore_params()
+    checkpoints.close()
+    if params is None:
+        raise UserError(f"--workdir: {str(workdir)!r} has no checkpoint yet; run `sast-jax train` with its config first")
+    network = config_lib.make_network(config, run["data"]["num_classes"])
+    return Run(network, params, config, read_json(workdir / RESULTS))
