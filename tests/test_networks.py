@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from sast_jax import SpikingConvNet, SpikingMLP
+from sast_jax.networks import convolution
+
+CONV = {"num_classes": 3, "features": (4, 5), "kernel_size": 3}
+MLP = {"num_classes": 3, "features": (8, 6)}
+NETWORKS = [(SpikingConvNet, CONV), (SpikingMLP, MLP)]
+
+
+@pytest.fixture
+def frames():
+    return (np.random.default_rng(0).random((6, 2, 9, 8, 2)) < 0.3).astype(np.float32)
+
+
+def init(network, frames):
+    return network.init(jax.random.key(0), frames)["params"]
+
+
+@pytest.mark.parametrize("readout", ["leaky", "rate"])
+@pytest.mark.parametrize("mode", ["surrogate", "straight_through"])
+@pytest.mark.parametrize(("network", "sizes"), NETWORKS)
+def test_orders_of_work_agree_in_value_and_gradient(network, sizes, mode, readout, frames, float64):
+    frames = frames.astype(np.float64)
+    results = []
+    for order, unroll in (("layer_major", 1), ("step_major", 1), ("step_major", 2), ("step_major", None)):
+        net = network(**sizes, order=order, unroll=unroll, readout=readout)
+        params = jax.tree.map(lambda p: p.astype(jnp.float64), init(network(**sizes, readout=readout), frames))
+
+        def loss(params, net=net):
+            output = net.apply({"params": params}, frames, mode)
+            return jnp.sum(output.logits**2) + sum(jnp.sum(s) for s in output.spikes), output
+
+        results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
+    for result in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), results[0], result)
+
+
+@pytest.mark.parametrize(("network", "sizes"), NETWORKS)
+def test_orders_of_work_create_equal_weights(network, sizes, frames):
+    layer, step = (init(network(**sizes, order=order), frames) for order in ("layer_major", "step_major"))
+    jax.tree.map(np.testing.assert_array_equal, layer, step)
+
+
+@pytest.mark.parametrize(("network", "sizes"), NETWORKS)
+def test_every_mode_runs_on_the_same_weights(network, sizes, frames):
+    net = network(**sizes)
+    params = init(net, frames)
+    outputs = {mode: net.apply({"params": params}, frames, mode) for mode in ("surrogate", "hard", "straight_through")}
+    assert all(set(np.unique(s)) <= {0.0, 1.0} for mode in ("hard", "straight_through") for s in outputs[mode].spikes)
+    assert all(((s > 0) & (s < 1)).all() for s in outputs["surrogate"].spikes)
+    np.testing.assert_array_equal(outputs["hard"].logits, outputs["straight_through"].logits)
+    assert np.abs(outputs["hard"].logits - outputs["surrogate"].logits).max() > 1e-3
+
+
+def test_weights_are_a_plain_tree_with_stated_names(frames):
+    shapes = jax.tree.map(jnp.shape, init(SpikingConvNet(**CONV), frames))
+    assert shapes == {
+        "conv_0": {"kernel": (3, 3, 2, 4), "bias": (4,)},
+        "conv_1": {"kernel": (3, 3, 4, 5), "bias": (5,)},
+        "readout": {"kernel": (2 * 2 * 5, 3), "bias": (3,)},
+    }
+
+
+def test_network_agrees_with_the_equations_written_out_in_numpy(frames, float64):
+    net = SpikingMLP(num_classes=3, features=(5,), decay=0.8, threshold=0.7)
+    frames = frames.astype(np.float64)
+    params = init(net, frames)
+    u = s = np.zeros((2, 5))
+    total = np.zeros((2, 3))
+    for frame in frames:
+        current = frame.reshape(2, -1) @ np.asarray(params["dense_0"]["kernel"]) + params["dense_0"]["bias"]
+        u = 0.8 * u * (1 - s) + current
+        s = np.where(u > 0.7, 1.0, 0.0)
+        total += s @ np.asarray(params["readout"]["kernel"]) + params["readout"]["bias"]
+    np.testing.assert_allclose(net.apply({"params": params}, frames, "hard").logits, total / len(frames), rtol=1e-6)
+
+
+def test_gradient_of_a_whole_network_in_surrogate_mode_is_exact(frames, float64):
+    net = SpikingConvNet(**CONV)
+    frames = frames.astype(np.float64)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), init(net, frames))
+    check_grads(
+        lambda params: jnp.sum(net.apply({"params": params}, frames).logits ** 2), (params,), order=1, modes=("rev",), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("size", [(3, 3), (5, 5), (2, 4)])
+def test_convolution_agrees_with_lax_in_value_and_gradient(size, float64):
+    rng = np.random.default_rng(0)
+    images, kernel, cotangent = (rng.normal(size=shape) for shape in ((3, 7, 6, 2), (*size, 2, 4), (3, 7, 6, 4)))
+    reference = jax.vjp(
+        lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), images, kernel
+    )
+    ours = jax.vjp(convolution, images, kernel)
+    np.testing.assert_allclose(ours[0], reference[0], atol=1e-10)
+    for a, b in zip(ours[1](cotangent), reference[1](cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)
+
+
+def test_initial_weights_have_the_stated_spread(frames):
+    kernel = init(SpikingMLP(num_classes=3, features=(400,), init_gain=3.0), frames)["dense_0"]["kernel"]
+    assert np.std(kernel) * np.sqrt(kernel.shape[0]) == pytest.approx(3.0, rel=0.02)
+
+
+@pytest.mark.parametrize("field", ["order", "readout"])
+def test_unknown_choice_is_refused(field, frames):
+    with pytest.raises(ValueError, match=f"{field} must be one of"):
+        init(SpikingMLP(**MLP, **{field: "other"}), frames)

@@ -1,0 +1,130 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from sast_jax import FAMILIES, LIFState, leaky_readout, lif, lif_init, lif_step, rate_readout, spike_fn
+
+RESETS = ("zero", "subtract", "none")
+
+# Constant current 0.6, decay 0.5, threshold 1; worked out by hand: potential before the reset, and spikes.
+BY_HAND = {
+    "zero": ([0.6, 0.9, 1.05, 0.6, 0.9], [0, 0, 1, 0, 0]),
+    "subtract": ([0.6, 0.9, 1.05, 0.125, 0.6625], [0, 0, 1, 0, 0]),
+    "none": ([0.6, 0.9, 1.05, 1.125, 1.1625], [0, 0, 1, 1, 1]),
+}
+
+
+def numpy_lif(current, decay, threshold, reset, sigma):
+    """The equations as a loop over Python floats, one neuron at a time."""
+    spikes = np.zeros_like(current)
+    potentials = np.zeros_like(current)
+    for neuron in np.ndindex(current.shape[1:]):
+        u, s = 0.0, 0.0
+        for t in range(len(current)):
+            if reset == "zero":
+                u = decay * u * (1 - s)
+            elif reset == "subtract":
+                u = decay * u - threshold * s
+            else:
+                u = decay * u
+            u += current[(t, *neuron)]
+            s = sigma(u - threshold)
+            spikes[(t, *neuron)], potentials[(t, *neuron)] = s, u
+    return spikes, potentials
+
+
+@pytest.mark.parametrize("reset", RESETS)
+def test_trace_agrees_with_the_one_worked_out_by_hand(reset):
+    potentials, spikes = BY_HAND[reset]
+    state = lif_init(jnp.zeros(1))
+    for potential, spike in zip(potentials, spikes, strict=True):
+        state = lif_step(state, jnp.array([0.6]), decay=0.5, reset=reset, spike_fn=spike_fn("hard"))
+        assert state.potential.item() == pytest.approx(potential)
+        assert state.spikes.item() == spike
+
+
+@pytest.mark.parametrize("mode", ["surrogate", "hard"])
+@pytest.mark.parametrize("reset", RESETS)
+@given(seed=st.integers(0, 2**32 - 1), decay=st.floats(0, 1), threshold=st.floats(0.1, 3), unroll=st.sampled_from([1, 3]))
+@settings(max_examples=15, deadline=None)
+def test_scan_agrees_with_a_loop_over_numbers(reset, mode, seed, decay, threshold, unroll):
+    with jax.enable_x64(True):
+        current = np.random.default_rng(seed).normal(0.3, 1.0, (9, 2, 3))
+        sigma = {
+            "surrogate": lambda x: 0.5 + np.arctan(0.5 * np.pi * 2.0 * x) / np.pi,
+            "hard": lambda x: float(x > 0),
+        }[mode]
+        spikes, state = lif(
+            current, decay=decay, threshold=threshold, reset=reset, spike_fn=spike_fn(mode, "arctan", 2.0), unroll=unroll
+        )
+        expected, potentials = numpy_lif(current, decay, threshold, reset, sigma)
+        np.testing.assert_allclose(spikes, expected, atol=1e-12)
+        np.testing.assert_allclose(state.potential, potentials[-1], atol=1e-12)
+        np.testing.assert_array_equal(state.spikes, spikes[-1])
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_in_surrogate_mode_is_exact_to_second_order(family, reset, float64):
+    key = jax.random.key(0)
+    current = jax.random.normal(key, (13, 2, 3)) + 0.5
+
+    def loss(current, decay, threshold):
+        spikes, state = lif(current, decay=decay, threshold=threshold, reset=reset, spike_fn=spike_fn("surrogate", family, 2.0))
+        return jnp.sum(jnp.sin(spikes)) + jnp.sum(state.potential**2)
+
+    check_grads(loss, (current, 0.9, 1.0), order=2, modes=("rev",), atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_through_the_reset_is_not_detached(float64):
+    def loss(current, detach):
+        def step(state, now):
+            if detach:
+                state = LIFState(state.potential, jax.lax.stop_gradient(state.spikes))
+            state = lif_step(state, now, decay=0.9, spike_fn=spike_fn("surrogate"))
+            return state, state.spikes
+
+        return jnp.sum(jax.lax.scan(step, lif_init(current[0]), current)[1])
+
+    current = jnp.full((5, 1), 0.8)
+    exact = jax.grad(lambda c: jnp.sum(lif(c, decay=0.9, spike_fn=spike_fn("surrogate"))[0]))(current)
+    np.testing.assert_allclose(jax.grad(loss)(current, False), exact, rtol=1e-12)
+    assert np.abs(jax.grad(loss)(current, True) - exact).max() > 0.01
+
+
+def test_recording_may_be_cut_in_two():
+    current = jax.random.normal(jax.random.key(1), (10, 4)) + 0.5
+    neuron = {"decay": 0.9, "spike_fn": spike_fn("hard")}
+    whole, _ = lif(current, **neuron)
+    first, state = lif(current[:4], **neuron)
+    second, _ = lif(current[4:], initial_state=state, **neuron)
+    np.testing.assert_array_equal(jnp.concatenate([first, second]), whole)
+
+
+def test_dtype_is_kept_with_parameters_of_another():
+    spikes, state = lif(jnp.ones((3, 2), jnp.bfloat16), decay=jnp.float32(0.9), threshold=jnp.ones(2), spike_fn=spike_fn("surrogate"))
+    assert {spikes.dtype, state.potential.dtype} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_unknown_reset_is_refused():
+    with pytest.raises(ValueError, match="reset must be one of zero, subtract, none; got 'soft'"):
+        lif(jnp.ones((2, 1)), decay=0.9, reset="soft", spike_fn=spike_fn("hard"))
+
+
+def test_leaky_readout_is_the_mean_of_the_integrated_current():
+    current = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
+    potential, total = np.zeros((2, 3)), np.zeros((2, 3))
+    for now in current:
+        potential = 0.7 * potential + now
+        total += potential
+    np.testing.assert_allclose(leaky_readout(current, 0.7), total / 6, rtol=1e-5)
+    np.testing.assert_allclose(leaky_readout(current), current.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_rate_readout_counts_spikes():
+    spikes = jnp.array([[[1.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.0]]])
+    assert rate_readout(spikes).tolist() == [[2.0, 1.0]]

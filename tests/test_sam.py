@@ -1,0 +1,151 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+from sast_jax import sam
+
+PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([0.1, -0.3])}
+
+
+def loss(params, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) - y) ** 2)
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(5, 2)).astype(np.float32), rng.normal(size=(5, 2)).astype(np.float32)
+
+
+def by_hand(params, perturbation, descent, rho):
+    """The published algorithm with NumPy's norm, leaf by leaf."""
+    grads = jax.grad(loss)(params, perturbation)
+    norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in grads.values()))
+    return jax.grad(loss)({k: params[k] + rho * grads[k] / norm for k in params}, descent)
+
+
+def update(tx, params, perturbation, descent, state=None):
+    return tx.update(
+        jax.grad(loss)(params, perturbation),
+        tx.init(params) if state is None else state,
+        params,
+        grad_fn=lambda p: jax.grad(loss)(p, descent),
+    )
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.3, 2.0])
+def test_update_is_the_descent_gradient_at_the_perturbed_weights(rho):
+    updates, _ = update(sam(rho), PARAMS, draw(0), draw(1))
+    assert_trees_close(updates, by_hand(PARAMS, draw(0), draw(1), rho), rtol=1e-5)
+
+
+def test_perturbation_batch_matters():
+    one, _ = update(sam(0.3), PARAMS, draw(0), draw(1))
+    other, _ = update(sam(0.3), PARAMS, draw(1), draw(1))
+    assert np.abs(one["w"] - other["w"]).max() > 1e-4
+
+
+def test_perturbation_has_norm_rho():
+    seen = {}
+
+    def grad_fn(params):
+        seen["norm"] = optax.tree.norm(jax.tree.map(jnp.subtract, params, PARAMS))
+        return params
+
+    sam(0.7).update(jax.grad(loss)(PARAMS, draw(0)), sam(0.7).init(PARAMS), PARAMS, grad_fn=grad_fn)
+    assert seen["norm"] == pytest.approx(0.7, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_direction_does_not_depend_on_the_gradients_scale(scale):
+    grads = {"w": scale * jnp.array([[3.0, 0.0], [0.0, 4.0]]), "b": jnp.zeros(2)}
+    moved, _ = sam(0.5).update(grads, sam(0.5).init(PARAMS), PARAMS, grad_fn=lambda p: jax.tree.map(jnp.subtract, p, PARAMS))
+    np.testing.assert_allclose(moved["w"], [[0.3, 0.0], [0.0, 0.4]], atol=1e-6)
+
+
+def test_zero_gradient_leaves_the_weights_where_they_are():
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = sam(0.3).update(zero, sam(0.3).init(PARAMS), PARAMS, grad_fn=lambda p: p)
+    assert_trees_close(updates, PARAMS)
+
+
+def test_unnormalised_perturbation_is_rho_times_the_gradient():
+    grads = jax.grad(loss)(PARAMS, draw(0))
+    updates, _ = sam(0.3, normalize=False).update(grads, sam(0.3).init(PARAMS), PARAMS, grad_fn=lambda p: p)
+    assert_trees_close(updates, jax.tree.map(lambda w, g: w + 0.3 * g, PARAMS, grads), rtol=1e-6)
+
+
+def test_radius_zero_is_the_base_optimizer():
+    base = optax.adam(0.1)
+    plain, _ = base.update(jax.grad(loss)(PARAMS, draw(1)), base.init(PARAMS), PARAMS)
+    updates, _ = update(optax.chain(sam(0.0), base), PARAMS, draw(0), draw(1))
+    assert_trees_close(updates, plain, rtol=1e-6)
+
+
+def test_radius_follows_its_schedule():
+    schedule = optax.linear_schedule(0.0, 1.0, 4)
+    tx = sam(schedule)
+    state = tx.init(PARAMS)
+    for step in range(3):
+        updates, state = update(tx, PARAMS, draw(0), draw(1), state)
+        assert_trees_close(updates, by_hand(PARAMS, draw(0), draw(1), step / 4), rtol=1e-4)
+
+
+def test_agrees_with_optax_contrib_on_the_same_batch():
+    batch = draw(0)
+    reference = optax.contrib.sam(
+        optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.3)), sync_period=2, opaque_mode=True
+    )
+    ours = optax.chain(sam(0.3), optax.sgd(0.1))
+    a, b = PARAMS, PARAMS
+    state_a, state_b = reference.init(a), ours.init(b)
+    for _ in range(5):
+        updates, state_a = reference.update(jax.grad(loss)(a, batch), state_a, a, grad_fn=lambda p, _: jax.grad(loss)(p, batch))
+        a = optax.apply_updates(a, updates)
+        updates, state_b = update(ours, b, batch, batch, state_b)
+        b = optax.apply_updates(b, updates)
+    assert_trees_close(a, b, rtol=1e-5)
+
+
+def test_dtype_is_kept_and_the_second_call_does_not_compile():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    tx = optax.chain(sam(0.3), optax.adam(0.1))
+
+    @jax.jit
+    def step(params, state, perturbation, descent):
+        updates, state = update(tx, params, perturbation, descent, state)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, tx.init(params), draw(0), draw(1))
+    params, state = step(params, state, draw(2), draw(3))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert step._cache_size() == 1
+
+
+def test_other_links_of_a_chain_see_their_own_arguments():
+    tx = optax.chain(sam(0.1), optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=0.5, patience=0, cooldown=0))
+    updates, _ = tx.update(
+        jax.grad(loss)(PARAMS, draw(0)), tx.init(PARAMS), PARAMS, grad_fn=lambda p: jax.grad(loss)(p, draw(1)), value=1.0
+    )
+    assert np.isfinite(updates["w"]).all()
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+def test_impossible_radius_is_refused(rho):
+    with pytest.raises(ValueError, match="rho must be a finite number >= 0"):
+        sam(rho)
+
+
+def test_missing_arguments_are_named():
+    tx = sam(0.1)
+    with pytest.raises(ValueError, match="sam needs the weights"):
+        tx.update(PARAMS, tx.init(PARAMS), grad_fn=lambda p: p)
+    with pytest.raises(ValueError, match="sam needs the gradient function of the descent batch"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
