@@ -1,6 +1,6 @@
 """Convolutional network on simulated recordings of handwritten digits: trained anywhere, offline, in minutes.
 
-    sast-jax train --config=configs/digits.py --workdir=runs/digits
+sast-jax train --config=configs/digits.py --workdir=runs/digits
 """
 
 import ml_collections

@@ -115,13 +115,10 @@ def format_table(runs: dict[str, dict[str, Any]]) -> str:
         for name, result in runs.items()
     ]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in [header, *rows]
-    )
+    template = "  ".join(f"{{:{'<' if column == 0 else '>'}{width}}}" for column, width in enumerate(widths))
+    return "\n".join(template.format(*row) for row in [header, *rows])
 
 
 def entry_point() -> None:
     """Entry point of the installed command."""
     sys.exit(main())
-

@@ -1,8 +1,10 @@
 """Experiment configs: the fields there are, loading with overrides, all problems at once, and what a config stands for."""
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from sast_jax.neurons import RESETS
 from sast_jax.sam import sam
 from sast_jax.spikes import FAMILIES
 
-NETWORKS = {"conv": networks.SpikingConvNet, "mlp": networks.SpikingMLP}
+NETWORKS: dict[str, type[networks.SpikingNetwork]] = {"conv": networks.SpikingConvNet, "mlp": networks.SpikingMLP}
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -119,7 +121,7 @@ def load_configs(spec: str, overrides: Sequence[str] = ()) -> dict[str, ml_colle
     configs, problems = {}, []
     for name in variants:
         config = _call(get_config, name, path)[0] if name else base
-        own = {key for key, value in flatten(config).items() if name and flatten(base).get(key) != value}
+        own = frozenset(key for key, value in flatten(config).items() if name and flatten(base).get(key) != value)
         found = apply_overrides(config, overrides, keep=own) + find_problems(config)
         problems += [problem for problem in found if problem not in problems]
         configs[name] = config.lock()
@@ -171,10 +173,7 @@ def flatten(config: ml_collections.ConfigDict | dict[str, Any]) -> dict[str, Any
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns a config as a dict of JSON values (tuples become lists); `from_json` is its inverse."""
-    return {
-        key: to_json(value) if isinstance(value, ml_collections.ConfigDict) else list(value) if isinstance(value, tuple) else value
-        for key, value in config.items()
-    }
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def from_json(value: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -191,7 +190,9 @@ def from_json(value: dict[str, Any]) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str], *, keep: set[str] = frozenset()) -> list[str]:
+def apply_overrides(
+    config: ml_collections.ConfigDict, overrides: Sequence[str], *, keep: frozenset[str] = frozenset()
+) -> list[str]:
     """Sets fields of `config` from texts `section.key=value`, except those in `keep`; returns the problems."""
     problems = []
     for override in overrides:
@@ -287,7 +288,7 @@ def load_data(config: ml_collections.ConfigDict) -> data.Splits:
 def make_network(config: ml_collections.ConfigDict, num_classes: int) -> networks.SpikingNetwork:
     """Returns the network of a config; sizes that its kind does not have are not used."""
     network = NETWORKS[config.network.kind]
-    names = network.__dataclass_fields__.keys() & config.network.keys()
+    names = {field.name for field in dataclasses.fields(network)} & config.network.keys()
     return network(num_classes=num_classes, **{name: config.network[name] for name in names})
 
 

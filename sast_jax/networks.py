@@ -1,6 +1,5 @@
 """Spiking networks as linen modules: one definition, any mode on the same weights, two orders of work."""
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sast_jax.neurons import LIFState, Reset, leaky_readout, lif, lif_init, lif_step, rate_readout
+from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, lif_step, rate_readout
 from sast_jax.spikes import Mode, spike_fn
 
 Order = Literal["layer_major", "step_major"]
@@ -24,7 +23,7 @@ class NetworkOutput(NamedTuple):
 
     Attributes:
         logits: `[B, K]`.
-        spikes: Spikes of each layer, `[T, B, ...]`; in surrogate mode numbers in (0, 1). What is not used costs nothing under jit.
+        spikes: Spikes of each layer, `[T, B, ...]`; in surrogate mode numbers in (0, 1). Not used, they cost nothing under jit.
     """
 
     logits: jax.Array
@@ -46,11 +45,11 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         `[B, H, W, F]`.
     """
-    return _convolution(images, kernel, [_same_padding(size) for size in kernel.shape[:2]])
+    return _convolution(images, kernel, _same_padding(kernel))
 
 
-def _same_padding(size):
-    return (size - 1) // 2, size // 2
+def _same_padding(kernel):
+    return [((size - 1) // 2, size // 2) for size in kernel.shape[:2]]
 
 
 def _convolution(images, kernel, padding):
@@ -58,12 +57,12 @@ def _convolution(images, kernel, padding):
 
 
 def _convolution_fwd(images, kernel):
-    return convolution(images, kernel), (images, kernel)
+    return _convolution(images, kernel, _same_padding(kernel)), (images, kernel)
 
 
 def _convolution_bwd(residuals, cotangent):
     images, kernel = residuals
-    padding = [_same_padding(size) for size in kernel.shape[:2]]
+    padding = _same_padding(kernel)
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     images_cotangent = _convolution(cotangent, flipped, [(high, low) for low, high in padding])
     operands = images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
@@ -89,6 +88,7 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
+        """Applies it to `[B, H, W, C]`."""
         shape = self.kernel_size, self.kernel_size, images.shape[-1], self.features
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -138,6 +138,7 @@ class SpikingNetwork(nn.Module):
         return nn.initializers.variance_scaling(self.init_gain**2, "fan_in", "truncated_normal")
 
     def setup(self):
+        """Checks the choices and creates the synapses."""
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}")
         if self.readout not in READOUTS:
@@ -209,6 +210,10 @@ class SpikingNetwork(nn.Module):
         return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
 
+def _flattened(layer):
+    return lambda x: layer(x.reshape(x.shape[0], -1))
+
+
 class SpikingMLP(SpikingNetwork):
     """Fully connected spiking network.
 
@@ -218,10 +223,11 @@ class SpikingMLP(SpikingNetwork):
 
     features: tuple[int, ...] = (512,)
 
-    def make_synapses(self):
+    def make_synapses(self) -> list[Callable[[jax.Array], jax.Array]]:
+        """Dense layers over all pixels or neurons of the stage before."""
         sizes = {f"dense_{i}": features for i, features in enumerate(self.features)} | {"readout": self.num_classes}
         dense = [nn.Dense(size, kernel_init=self.kernel_init, name=name) for name, size in sizes.items()]
-        return [lambda x, layer=layer: layer(x.reshape(x.shape[0], -1)) for layer in dense]
+        return [_flattened(layer) for layer in dense]
 
 
 class SpikingConvNet(SpikingNetwork):
@@ -238,7 +244,8 @@ class SpikingConvNet(SpikingNetwork):
     pool_size: int = 2
     order: Order = "step_major"
 
-    def make_synapses(self):
+    def make_synapses(self) -> list[Callable[[jax.Array], jax.Array]]:
+        """Convolutions, each but the first over pooled spikes, and a dense layer over the last pooled spikes."""
         window = (self.pool_size, self.pool_size)
 
         def pooled(layer):
@@ -252,5 +259,5 @@ class SpikingConvNet(SpikingNetwork):
         return [
             convolutions[0],
             *(pooled(layer) for layer in convolutions[1:]),
-            pooled(lambda x: dense(x.reshape(x.shape[0], -1))),
+            pooled(_flattened(dense)),
         ]

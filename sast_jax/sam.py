@@ -15,7 +15,7 @@ class SamState(NamedTuple):
         count: Number of updates so far, int32; the argument of a `rho` schedule.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
 
 def sam(
@@ -71,8 +71,8 @@ def sam(
                 "sam needs the gradient function of the descent batch: call update(perturbation_grads, state, params, "
                 "grad_fn=lambda params: jax.grad(loss)(params, descent_batch))"
             )
-        radius = jnp.asarray(rho(state.count) if callable(rho) else rho, jnp.float32)
-        direction = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+        radius = rho(state.count) if callable(rho) else rho
+        direction = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates)
         if normalize:
             # Scaled by the largest entry first, because the squares of a small gradient underflow; `tiny` makes 0 / 0 a 0.
             for order in ("inf", 2):

@@ -42,7 +42,33 @@ def arctan(x: jax.Array, slope: float) -> jax.Array:
         Fang, Yu, Chen, Masquelier, Huang, Tian. Incorporating Learnable Membrane Time Constant to Enhance Learning of
         Spiking Neural Networks. ICCV 2021.
     """
-    return 0.5 + jnp.arctan(0.5 * math.pi * slope * x) / math.pi
+    return 0.5 + _fast_arctan(0.5 * math.pi * slope * x) / math.pi
+
+
+@jax.custom_jvp
+def _fast_arctan(x):
+    """Arctangent in float32 to 3e-7; `jnp.arctan` is not vectorised on a CPU, where it takes a third of a training step.
+
+    On [0, 1] arctan is close (2e-7) to an odd rational function; elsewhere it follows from the arctangent of 1 / x.
+    Written as n / d, numerators and denominators meet in one division at the end. Its place matters: XLA repeats whatever is
+    cheaper than a division in everything that reads the result.
+    """
+    if jnp.result_type(x) == jnp.float64:
+        return jnp.arctan(x)
+    wide = jnp.asarray(x, jnp.float32)
+    size = jnp.minimum(jnp.abs(wide), 1e7)
+    n, d = jnp.minimum(size, 1), jnp.maximum(size, 1)
+    n2, d2 = n * n, d * d
+    numerator = n * ((0.0405515874 * n2 + 0.6559057 * d2) * n2 + 0.999997525 * d2 * d2)
+    denominator = d * ((0.170822768 * n2 + 0.989170068 * d2) * n2 + d2 * d2)
+    value = numerator / denominator
+    return jnp.copysign(jnp.where(size > 1, math.pi / 2 - value, value), wide).astype(jnp.result_type(x))
+
+
+@_fast_arctan.defjvp
+def _fast_arctan_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return _fast_arctan(x), tangent / (1 + jnp.square(x))
 
 
 def logistic(x: jax.Array, slope: float) -> jax.Array:
@@ -81,6 +107,10 @@ FAMILIES: dict[str, SurrogateFamily] = {
 }
 
 
+def _step_function(x):
+    return jnp.greater(x, 0).astype(jnp.result_type(x))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def heaviside(x: jax.Array, slope: float, family: str) -> jax.Array:
     r"""Step function whose derivative is replaced by a surrogate's: the straight-through spike.
@@ -101,7 +131,7 @@ def heaviside(x: jax.Array, slope: float, family: str) -> jax.Array:
         Neftci, Mostafa, Zenke. Surrogate Gradient Learning in Spiking Neural Networks. IEEE SPM 2019.
     """
     del slope, family
-    return (x > 0).astype(x.dtype)
+    return _step_function(x)
 
 
 def _heaviside_fwd(x, slope, family):
@@ -153,5 +183,5 @@ def spike_fn(mode: Mode, family: str = "arctan", slope: float = 2.0) -> SpikeFn:
     if mode == "surrogate":
         return lambda x: FAMILIES[family].value(x, slope)
     if mode == "hard":
-        return lambda x: (x > 0).astype(x.dtype)
+        return _step_function
     return lambda x: heaviside(x, slope, family)

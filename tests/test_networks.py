@@ -94,7 +94,9 @@ def test_convolution_agrees_with_lax_in_value_and_gradient(size, float64):
     rng = np.random.default_rng(0)
     images, kernel, cotangent = (rng.normal(size=shape) for shape in ((3, 7, 6, 2), (*size, 2, 4), (3, 7, 6, 4)))
     reference = jax.vjp(
-        lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), images, kernel
+        lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+        images,
+        kernel,
     )
     ours = jax.vjp(convolution, images, kernel)
     np.testing.assert_allclose(ours[0], reference[0], atol=1e-10)

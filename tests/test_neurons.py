@@ -106,7 +106,9 @@ def test_recording_may_be_cut_in_two():
 
 
 def test_dtype_is_kept_with_parameters_of_another():
-    spikes, state = lif(jnp.ones((3, 2), jnp.bfloat16), decay=jnp.float32(0.9), threshold=jnp.ones(2), spike_fn=spike_fn("surrogate"))
+    spikes, state = lif(
+        jnp.ones((3, 2), jnp.bfloat16), decay=jnp.float32(0.9), threshold=jnp.ones(2), spike_fn=spike_fn("surrogate")
+    )
     assert {spikes.dtype, state.potential.dtype} == {jnp.dtype(jnp.bfloat16)}
 
 

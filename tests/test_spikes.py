@@ -74,7 +74,11 @@ def test_slope_may_be_traced():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("soft",), "mode must be one of"), (("hard", "tanh"), "family must be"), (("hard", "arctan", 0.0), "slope must be positive")],
+    [
+        (("soft",), "mode must be one of"),
+        (("hard", "tanh"), "family must be"),
+        (("hard", "arctan", 0.0), "slope must be positive"),
+    ],
 )
 def test_unknown_mode_family_or_slope_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -91,7 +91,7 @@ def load_dataset(
     train, validation = split(train, recordings.labels, num_validation, seed=seed, what="num_validation")
     if binary:
         recordings = recordings._replace(frames=np.minimum(recordings.frames, 1))
-    return Splits(*(recordings.take(part) for part in (train, validation, test)), num_classes=10)
+    return Splits(recordings.take(train), recordings.take(validation), recordings.take(test), num_classes=10)
 
 
 def split(
@@ -129,9 +129,7 @@ def _simulate_digits(num_time_steps, seed):
 
     digits = load_digits()
     frames = [
-        bin_events(
-            events, sensor_size=simulated.SENSOR_SIZE, num_time_steps=num_time_steps, duration=simulated.DURATION
-        )
+        bin_events(events, sensor_size=simulated.SENSOR_SIZE, num_time_steps=num_time_steps, duration=simulated.DURATION)
         for events in simulated.simulate_saccades(digits.images / 16.0, seed=seed)
     ]
     ids = np.array([f"digits/{i:04d}" for i in range(len(frames))])

@@ -72,4 +72,3 @@ def _load(path: Path) -> Recordings | None:
             return recordings if recordings.checksum() == arrays["checksum"].item() else None
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
-

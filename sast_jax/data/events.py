@@ -8,14 +8,12 @@ EVENT_DTYPE = np.dtype([("x", np.int16), ("y", np.int16), ("t", np.int64), ("p",
 NUM_POLARITIES = 2
 
 
-def bin_events(
-    events: np.ndarray, *, sensor_size: tuple[int, int], num_time_steps: int, duration: int
-) -> np.ndarray:
+def bin_events(events: np.ndarray, *, sensor_size: tuple[int, int], num_time_steps: int, duration: int) -> np.ndarray:
     r"""Counts events per time step, pixel and polarity.
 
     .. math:: n_{t,y,x,p} = \bigl|\{i : t = \lfloor t_i T / D \rfloor,\; (x, y, p) = (x_i, y_i, p_i)\}\bigr|
 
-    The edges of the bins are fixed multiples of :math:`D / T`, equal for all recordings; events at or after :math:`D` are left out.
+    The edges of the bins are multiples of :math:`D / T`, equal for all recordings; events at or after :math:`D` are left out.
 
     Args:
         events: Structured array of `EVENT_DTYPE`, any order in time.

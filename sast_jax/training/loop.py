@@ -80,9 +80,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
         return seconds_before + time.monotonic() - start
 
     def draw(stream, step):
-        return take_batch(
-            splits.train, batch_indices(num_train, config.batch_size, seed=config.seed, stream=stream, step=step)
-        )
+        return take_batch(splits.train, batch_indices(num_train, config.batch_size, seed=config.seed, stream=stream, step=step))
 
     progress = Progress(title, step=first_step, num_steps=num_steps)
     pending: list[dict[str, jax.Array]] = []
@@ -120,10 +118,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
         progress.close()
         checkpoints.close()
 
-    results = evaluate_transfer(eval_step, state.params, splits.test, EVALUATION_BATCH_SIZE)
-    _refuse_non_finite([results], num_steps, workdir)
+    transfer = evaluate_transfer(eval_step, state.params, splits.test, EVALUATION_BATCH_SIZE)
+    _refuse_non_finite([transfer], num_steps, workdir)
     epoch_seconds = [line["seconds"] for line in read_metrics(workdir) if line["num_steps"] == steps_per_epoch]
-    results |= {
+    results = {
+        **transfer,
         "num_test": data["num_test"],
         "num_validation": data["num_validation"],
         "num_train": num_train,

@@ -44,7 +44,8 @@ class Progress:
             return
         left = (time.monotonic() - self._start) / (step - self._first_step) * (self._num_steps - step)
         text = ", ".join(f"{key} {value}" for key, value in shown.items())
-        print(f"{self._title}: epoch {epoch}, step {step}/{self._num_steps}, {text}, {left:.0f} s left", file=self._stream, flush=True)
+        line = f"{self._title}: epoch {epoch}, step {step}/{self._num_steps}, {text}, {left:.0f} s left"
+        print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the bar's line."""

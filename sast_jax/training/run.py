@@ -41,9 +41,7 @@ class Checkpoints:
         """Saves the state in the background, under its step; a step that is there already is not saved again."""
         step = int(state.step)
         if step != self._manager.latest_step():
-            items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state.__dict__), meta=ocp.args.JsonSave({"seconds": seconds})
-            )
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state.__dict__), meta=ocp.args.JsonSave({"seconds": seconds}))
             self._manager.save(step, args=items)
 
     def restore(self, state: TrainState) -> tuple[TrainState, float] | None:
@@ -163,13 +161,13 @@ class Run(NamedTuple):
         """Returns the logits `[B, K]` of event frames.
 
         Args:
-            frames: `[T, B, H, W, 2]`, as the network was trained on: with `config.dataset.binary`, counts are cut to 0 and 1 here.
+            frames: `[T, B, H, W, 2]` event counts; with `config.dataset.binary` they are cut to 0 and 1 here, as in training.
             mode: `surrogate`, `hard` or `straight_through`.
         """
-        frames = jnp.asarray(frames, jnp.float32)
+        counts = jnp.asarray(frames, jnp.float32)
         if self.config.dataset.binary:
-            frames = jnp.minimum(frames, 1.0)
-        return _apply(self.network, self.params, frames, mode).logits
+            counts = jnp.minimum(counts, 1.0)
+        return _apply(self.network, self.params, counts, mode).logits
 
 
 _apply = jax.jit(lambda network, params, frames, mode: network.apply({"params": params}, frames, mode), static_argnums=(0, 3))

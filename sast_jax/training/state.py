@@ -31,7 +31,7 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def init_state(network: nn.Module, tx: optax.GradientTransformation, frames: jax.Array, *, seed: int) -> TrainState:
+def init_state(network: nn.Module, tx: optax.GradientTransformation, frames: jax.typing.ArrayLike, *, seed: int) -> TrainState:
     """Returns the state before the first step.
 
     Args:
@@ -55,8 +55,8 @@ def make_train_step(
     r"""Returns the jitted training step `(state, descent_batch, perturbation_batch=None) -> (state, metrics)`.
 
     With `sam` in `tx` the step takes two gradients, :math:`g'` on the perturbation batch (`None`: on the descent batch
-    itself) and :math:`g` on the descent batch; without it one, on the descent batch. The given state is donated. Metrics, taken at the
-    unperturbed weights with the first gradient: `loss` (mean cross-entropy), `accuracy`, `gradient_norm` and
+    itself) and :math:`g` on the descent batch; without it one, on the descent batch. The given state is donated. Metrics,
+    taken at the unperturbed weights with the first gradient: `loss` (mean cross-entropy), `accuracy`, `gradient_norm` and
     `spike_rate_<i>` per layer.
 
     Args:
