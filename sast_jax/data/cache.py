@@ -67,7 +67,7 @@ def load_or_build(description: dict[str, Any], build: Callable[[], Recordings]) 
 
 def _load(path: Path) -> Recordings | None:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             recordings = Recordings(**{name: arrays[name] for name in Recordings._fields})
             return recordings if recordings.checksum() == arrays["checksum"].item() else None
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
