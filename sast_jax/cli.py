@@ -1,6 +1,7 @@
 """The command line: `sast-jax train` and `sast-jax evaluate`."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sast-jax: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"sast-jax: interrupted: {error or 'nothing was written'}", file=sys.stderr)
+        print(f"sast-jax: interrupted: {error or 'the same command goes on from the last checkpoint'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -121,4 +122,5 @@ def format_table(runs: dict[str, dict[str, Any]]) -> str:
 
 def entry_point() -> None:
     """Entry point of the installed command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Where training does not handle it, as Ctrl-C.
     sys.exit(main())

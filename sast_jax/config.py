@@ -153,7 +153,7 @@ def _call(get_config, variant: str, path: str) -> tuple[ml_collections.ConfigDic
         raise UserError(f"--config: {path!r} with variant {variant!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config: get_config of {path!r} must return an ml_collections.ConfigDict; got {type(config).__name__}")
-    config = config.copy_and_resolve_references().unlock()
+    config = _with_tuples(config.copy_and_resolve_references().unlock())
     variants = tuple(config.get(_VARIANTS, ())) or ("",)
     if _VARIANTS in config:
         del config[_VARIANTS]
@@ -182,12 +182,16 @@ def from_json(value: dict[str, Any]) -> ml_collections.ConfigDict:
     Raises:
         UserError: Listing every problem.
     """
-    config = ml_collections.ConfigDict(value)
-    for key, field in flatten(config).items():
-        if isinstance(field, list):
-            _set(config, key, tuple(field))
+    config = _with_tuples(ml_collections.ConfigDict(value))
     refuse(find_problems(config, with_data=False))
     return config.lock()
+
+
+def _with_tuples(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    for key, value in flatten(config).items():
+        if isinstance(value, list):
+            _set(config, key, tuple(value))
+    return config
 
 
 def apply_overrides(
@@ -216,8 +220,9 @@ def _set(config, key, value):
         if not isinstance(target.get(part), ml_collections.ConfigDict):
             target[part] = ml_collections.ConfigDict()
         target = target[part]
-    with target.ignore_type():
-        target[name] = value
+    if name in target:
+        del target[name]  # Or ConfigDict would cast the value to the type of the old one.
+    target[name] = value
 
 
 def _parse(field: Field, text: str) -> Any:
@@ -288,7 +293,7 @@ def load_data(config: ml_collections.ConfigDict) -> data.Splits:
 def make_network(config: ml_collections.ConfigDict, num_classes: int) -> networks.SpikingNetwork:
     """Returns the network of a config; sizes that its kind does not have are not used."""
     network = NETWORKS[config.network.kind]
-    names = {field.name for field in dataclasses.fields(network)} & config.network.keys()
+    names = {field.name for field in dataclasses.fields(network)} & set(config.network)
     return network(num_classes=num_classes, **{name: config.network[name] for name in names})
 
 

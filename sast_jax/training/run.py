@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 
 from sast_jax import config as config_lib
 from sast_jax.errors import UserError, refuse
@@ -31,10 +30,9 @@ class Checkpoints:
     of (seed, stream, step), so nothing else is needed to resume exactly.
     """
 
-    def __init__(self, workdir: Path):
-        """Opens or creates the checkpoints of a run folder."""
-        logging.set_verbosity(logging.ERROR)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    def __init__(self, workdir: Path, *, read_only: bool = False):
+        """Opens the checkpoints of a run folder; creates their folder unless they are only read."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=not read_only, read_only=read_only)
         self._manager = ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)
 
     def save(self, state: TrainState, *, seconds: float) -> None:
@@ -192,7 +190,7 @@ def load_run(workdir: str | Path) -> Run:
     if run is None:
         raise UserError(f"--workdir: {str(workdir)!r} is no run; expected a folder that `sast-jax train` wrote, with {RUN}")
     config = config_lib.from_json(run["config"])
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
     params = checkpoints.restore_params()
     checkpoints.close()
     if params is None:

@@ -1,0 +1,311 @@
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sast_jax import SpikingMLP, lif, load_run, sam, spike_fn
+from sast_jax.config import load_configs, load_data, make_network, make_optimizer
+from sast_jax.data import Batch
+from sast_jax.errors import UserError
+from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
+from sast_jax.training import Interrupted, init_state, make_train_step, read_metrics, train_and_evaluate, train_variants
+from sast_jax.training.progress import Progress
+from sast_jax.training.run import Checkpoints
+
+TINY = [
+    "dataset.num_time_steps=3",
+    "dataset.num_validation=10",
+    "network.kind=mlp",
+    "network.features=8",
+    "batch_size=10",
+    "num_epochs=10",
+    "evaluate_every_epochs=2",
+    "checkpoint_every_epochs=3",
+]
+
+
+@pytest.fixture
+def tiny(small_nmnist):
+    """Returns a function from a variant and overrides to the config of a run of 30 steps."""
+
+    def load(variant="sast", *overrides):
+        return load_configs(f"configs/nmnist.py:{variant}", [*TINY, f"dataset.root={small_nmnist}", *overrides])[""]
+
+    return load
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def last_state(workdir, config):
+    splits = load_data(config)
+    network = make_network(config, splits.num_classes)
+    state = init_state(network, make_optimizer(config, 30), splits.train.frames[:1].swapaxes(0, 1), seed=9)
+    state, _ = Checkpoints(workdir).restore(state)
+    return state
+
+
+def draw(seed, batch_size=6):
+    rng = np.random.default_rng(seed)
+    frames = (rng.random((4, batch_size, 5, 5, 2)) < 0.4).astype(np.uint8)
+    return Batch(frames, rng.integers(0, 3, batch_size).astype(np.int32), np.ones(batch_size, bool))
+
+
+def cross_entropy_by_hand(params, batch, decay=0.9, threshold=1.0):
+    """Mean cross-entropy of a network of one hidden layer, its equations written out."""
+    frames = batch.frames.astype(np.float32).reshape(*batch.frames.shape[:2], -1)
+    u = s = jnp.zeros((frames.shape[1], 7))
+    logits = 0.0
+    for frame in frames:
+        u = decay * u * (1 - s) + frame @ params["dense_0"]["kernel"] + params["dense_0"]["bias"]
+        s = 0.5 + jnp.arctan(jnp.pi * (u - threshold)) / jnp.pi
+        logits += (s @ params["readout"]["kernel"] + params["readout"]["bias"]) / len(frames)
+    chosen = jnp.take_along_axis(logits, batch.labels[:, None], axis=1)[:, 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_step_is_that_of_sam_written_out_by_hand(same):
+    network = SpikingMLP(3, features=(7,))
+    descent, perturbation = draw(0), draw(1)
+    tx = optax.chain(sam(0.3), optax.sgd(0.5))
+    state = init_state(network, tx, descent.frames[:, :1], seed=0)
+    params = jax.tree.map(np.asarray, state.params)
+
+    g = jax.grad(cross_entropy_by_hand)(params, descent if same else perturbation)
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(g)))
+    perturbed = jax.tree.map(lambda w, g: w + 0.3 * g / norm, params, g)
+    expected = jax.tree.map(lambda w, g: w - 0.5 * g, params, jax.grad(cross_entropy_by_hand)(perturbed, descent))
+
+    state, metrics = make_train_step(network, tx, "surrogate")(state, descent, None if same else perturbation)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, expected)
+    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics["loss"] == pytest.approx(float(cross_entropy_by_hand(params, descent if same else perturbation)), rel=1e-4)
+
+
+def test_without_sam_a_step_costs_one_gradient_and_with_it_two(tiny):
+    network = SpikingMLP(3, features=(64,))
+    flops = {}
+    for variant in ("baseline", "sast"):
+        config = tiny(variant)
+        tx = make_optimizer(config, 30)
+        state = init_state(network, tx, draw(0).frames[:, :1], seed=0)
+        batches = (draw(0, 64), draw(1, 64) if variant == "sast" else None)
+        compiled = make_train_step(network, tx, "surrogate").lower(state, *batches).compile()
+        flops[variant] = compiled.cost_analysis()["flops"]
+    assert 1.7 < flops["sast"] / flops["baseline"] < 2.3
+
+
+def test_step_gives_its_state_away_and_compiles_once():
+    network = SpikingMLP(3, features=(7,))
+    tx = optax.chain(sam(0.3), optax.adam(0.1))
+    before = init_state(network, tx, draw(0).frames[:, :1], seed=0)
+    step = make_train_step(network, tx, "straight_through")
+    state, _ = step(before, draw(0), draw(1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    step(state, draw(2), draw(3))
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("variant", ["sast", "baseline"])
+@pytest.mark.parametrize("stop_at", [12, 17])  # At the end of epoch 4, and within epoch 6.
+def test_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(tiny, tmp_path, monkeypatch, stop_at, variant):
+    config = tiny(variant)
+    straight = train_and_evaluate(config, tmp_path / "straight")
+
+    advance, steps = Progress.advance, []
+
+    def stop(self):
+        advance(self)
+        steps.append(1)
+        if len(steps) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "advance", stop)
+    with pytest.raises(Interrupted, match=f"stopped at step {stop_at} of 30"):
+        train_and_evaluate(config, tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    resumed = train_and_evaluate(config, tmp_path / "stopped")
+
+    assert_trees_equal(*(last_state(tmp_path / name, config).__dict__ for name in ("straight", "stopped")))
+    accuracies = ("surrogate_accuracy", "hard_accuracy", "surrogate_loss", "hard_loss", "num_gradient_evaluations")
+    assert [straight[key] for key in accuracies] == [resumed[key] for key in accuracies]
+    assert [line["epoch"] for line in read_metrics(tmp_path / "stopped")] == list(range(1, 11))
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(tiny, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_and_evaluate(tiny("sast", f"seed={seed}", "num_epochs=2"), tmp_path / name)
+    a, b, c = (load_run(tmp_path / name).params for name in "abc")
+    assert_trees_equal(a, b)
+    assert np.abs(a["readout"]["kernel"] - c["readout"]["kernel"]).max() > 0.01
+
+
+def test_perturbation_batch_and_radius_change_what_is_learnt(tiny, tmp_path):
+    kernels = []
+    for i, override in enumerate(("sam.perturbation=independent", "sam.perturbation=same", "sam.rho=0.01")):
+        train_and_evaluate(tiny("sast", override, "num_epochs=2"), tmp_path / str(i))
+        kernels.append(load_run(tmp_path / str(i)).params["readout"]["kernel"])
+    assert min(np.abs(kernels[i] - kernels[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-4
+
+
+def test_checkpoint_holds_the_state_of_its_step_though_the_step_after_it_takes_the_buffers(tmp_path):
+    network = SpikingMLP(3, features=(4000,))
+    tx = optax.sgd(0.5)
+    state = init_state(network, tx, draw(0).frames[:, :1], seed=0)
+    step = make_train_step(network, tx, "surrogate")
+    checkpoints = Checkpoints(tmp_path)
+    state, _ = step(state, draw(0))
+    expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state.params)
+    checkpoints.save(state, seconds=1.0)
+    for _ in range(5):
+        state, _ = step(state, draw(0))
+    restored, seconds = checkpoints.restore(state)
+    checkpoints.close()
+    assert_trees_equal(restored.params, expected)
+    assert seconds == 1.0
+    assert np.abs(expected["readout"]["kernel"] - state.params["readout"]["kernel"]).max() > 0
+
+
+def test_finished_run_reports_its_results_and_trains_no_more(tiny, tmp_path, monkeypatch):
+    results = train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path)
+    monkeypatch.setattr("sast_jax.training.loop.make_train_step", lambda *a: pytest.fail("trained again"))
+    assert train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path) == json.loads(json.dumps(results))
+
+
+def test_results_hold_what_is_promised(tiny, tmp_path):
+    config = tiny("sast", "num_epochs=2")
+    results = train_and_evaluate(config, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["num_test"] == 20
+    assert results["num_gradient_evaluations"] == 2 * 2 * 3
+    assert results["transfer_gap"] == pytest.approx(results["surrogate_accuracy"] - results["hard_accuracy"])
+    assert results["wall_time_seconds"] > 0
+    assert results["config"]["sam"] == {"rho": config.sam.rho, "perturbation": "independent"}
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [3, 6]
+    assert {"loss", "accuracy", "gradient_norm", "spike_rate_0"} <= lines[0].keys()
+    assert "validation_hard_accuracy" in lines[1]
+
+
+def test_loaded_run_predicts_with_the_reported_accuracy(tiny, tmp_path):
+    config = tiny("sast")
+    results = train_and_evaluate(config, tmp_path)
+    run = load_run(tmp_path)
+    test = load_data(config).test
+    for mode in ("surrogate", "hard"):
+        logits = run.predict(test.frames.swapaxes(0, 1), mode)
+        assert np.mean(np.argmax(logits, -1) == test.labels) == pytest.approx(results[f"{mode}_accuracy"])
+    assert results["surrogate_accuracy"] > 0.5  # Chance is 0.1.
+    assert run.config == config
+
+
+def test_counts_are_cut_as_in_training(tiny, tmp_path):
+    train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path)
+    run = load_run(tmp_path)
+    frames = np.random.default_rng(0).integers(0, 4, (3, 2, 34, 34, 2))
+    np.testing.assert_array_equal(run.predict(frames), run.predict(np.minimum(frames, 1)))
+
+
+def test_pair_is_trained_side_by_side_and_radius_override_spares_the_baseline(tiny, small_nmnist, tmp_path):
+    configs = load_configs("configs/nmnist.py", [*TINY, f"dataset.root={small_nmnist}", "num_epochs=1", "sam.rho=0.2"])
+    results = train_variants(configs, tmp_path)
+    assert {name: run["config"]["sam"]["rho"] for name, run in results["runs"].items()} == {"baseline": 0.0, "sast": 0.2}
+    assert results["surrogate_accuracy"] == results["runs"]["sast"]["surrogate_accuracy"]
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == results.keys()
+    assert load_run(tmp_path).config.sam.rho == 0.2
+    assert load_run(tmp_path / "baseline").config.sam.rho == 0.0
+
+
+def test_folder_of_another_config_is_refused_with_the_fields_that_differ(tiny, tmp_path):
+    train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path)
+    with pytest.raises(UserError) as error:
+        train_and_evaluate(tiny("sast", "num_epochs=2", "network.slope=4"), tmp_path)
+    assert "network.slope: the run has 2.0, the config 4.0" in str(error.value)
+    assert "num_epochs: the run has 1, the config 2" in str(error.value)
+    assert "seed" not in str(error.value)
+
+
+def test_other_recordings_than_the_run_began_with_are_refused(tiny, tmp_path, small_nmnist, monkeypatch):
+    monkeypatch.setattr(Progress, "advance", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        train_and_evaluate(tiny(), tmp_path)
+    (small_nmnist / "Train" / "0" / "00000.bin").unlink()
+    with pytest.raises(UserError, match="was begun with other recordings"):
+        train_and_evaluate(tiny(), tmp_path)
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_quantity(tiny, tmp_path):
+    config = tiny("baseline", "optimizer.name=sgd", "optimizer.learning_rate=1e38", "optimizer.schedule=constant")
+    with pytest.raises(UserError, match=r"(loss|gradient_norm) is (nan|inf) at step \d+.*optimizer.learning_rate"):
+        train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(recordings):
+    network = SpikingMLP(7, features=(9,))
+    params = network.init(jax.random.key(0), jnp.zeros((3, 1, 4, 4, 2)))["params"]
+    results = [evaluate_transfer(make_eval_step(network), params, recordings, size) for size in (1, 2, 7, 100)]
+    for result in results[1:]:
+        assert result == pytest.approx(results[0])
+    logits = network.apply({"params": params}, recordings.frames.swapaxes(0, 1).astype(np.float32), "hard").logits
+    assert results[0]["hard_accuracy"] == np.mean(np.argmax(logits, -1) == recordings.labels)
+
+
+def test_metrics_survive_a_last_line_that_was_cut_off(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+class Terminal:
+    def __init__(self, is_terminal):
+        self.text, self.isatty = "", lambda: is_terminal
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere():
+    metrics = {"loss": 0.5, "accuracy": 0.25, "validation_surrogate_accuracy": 0.5, "validation_hard_accuracy": 0.125}
+    for is_terminal in (True, False):
+        stream = Terminal(is_terminal)
+        progress = Progress("sast", step=0, num_steps=4, stream=stream)
+        for _ in range(2):
+            progress.advance()
+        progress.report(1, 2, metrics)
+        progress.close()
+        assert ("\r" in stream.text) == is_terminal
+        assert "loss" in stream.text
+    assert stream.text.startswith("sast: epoch 1, step 2/4, loss 0.500, accuracy 25.0%, validation 50.0% surrogate / 12.5% hard")
+    assert stream.text.endswith("s left\n")
+
+
+def test_lif_stands_between_a_users_own_layers_under_the_same_step():
+    import flax.linen as nn
+
+    from sast_jax import NetworkOutput
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, frames, mode="surrogate"):
+            current = nn.Dense(16)(frames.reshape(*frames.shape[:2], -1))
+            spikes, _ = lif(current, decay=0.8, spike_fn=spike_fn(mode))
+            return NetworkOutput(nn.Dense(3)(spikes).mean(0), (spikes,))
+
+    tx = optax.chain(sam(0.05), optax.adam(1e-2))
+    state = init_state(Own(), tx, draw(0).frames[:, :1], seed=0)
+    step = make_train_step(Own(), tx, "surrogate")
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, draw(0), draw(0))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
