@@ -1,0 +1,173 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sast_jax import load_run
+from sast_jax.cli import format_table, main
+from tests.conftest import write_nmnist_file
+
+TINY = [
+    "--config.dataset.num_time_steps=3",
+    "--config.dataset.num_validation=10",
+    "--config.network.kind=mlp",
+    "--config.network.features=8",
+    "--config.batch_size",
+    "10",
+    "--config.num_epochs=2",
+]
+
+
+@pytest.fixture
+def train(small_nmnist, tmp_path):
+    """Returns a function that runs `sast-jax train` in this process and returns its exit status."""
+
+    def run(*arguments, config="configs/nmnist.py", root=small_nmnist):
+        workdir = f"--workdir={tmp_path / 'run'}"
+        return main(["train", f"--config={config}", workdir, f"--config.dataset.root={root}", *TINY, *arguments])
+
+    return run
+
+
+def refused(capsys, status):
+    """Returns the message of a command that ended with status 2, after checking that it is one."""
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.err.startswith("sast-jax: error: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_train_prints_both_accuracies_and_the_gap_of_the_pair_and_evaluate_finds_them_again(train, capsys, tmp_path):
+    assert train() == 0
+    table = capsys.readouterr().out
+    assert main(["evaluate", f"--workdir={tmp_path / 'run'}"]) == 0
+    again = capsys.readouterr().out
+    runs = json.loads((tmp_path / "run" / "results.json").read_text())["runs"]
+    for text, lines in ((table, table.splitlines()[1:3]), (again, again.splitlines()[1:3])):
+        assert text.splitlines()[0].split() == ["run", "surrogate", "hard", "gap", "test", "samples", "gradients", "seconds"]
+        for line, (name, run) in zip(lines, runs.items(), strict=True):
+            cells = line.split()
+            assert cells[0] == name
+            assert [cells[1], cells[3]] == [f"{100 * run[f'{mode}_accuracy']:.1f}" for mode in ("surrogate", "hard")]
+            assert float(cells[5]) == pytest.approx(100 * run["transfer_gap"], abs=0.051)
+    evaluation = json.loads((tmp_path / "run" / "sast" / "evaluation.json").read_text())
+    assert evaluation["transfer"]["hard_accuracy"] == runs["sast"]["hard_accuracy"]
+
+
+def test_finished_run_is_reported_again(train, capsys):
+    assert train(config="configs/nmnist.py:sast") == 0
+    first = capsys.readouterr()
+    assert train(config="configs/nmnist.py:sast") == 0
+    second = capsys.readouterr()
+    assert second.out == first.out
+    assert "epoch" in first.err
+    assert not second.err
+
+
+def test_recordings_that_moved_are_found_by_evaluate(train, capsys, small_nmnist, tmp_path):
+    assert train(config="configs/nmnist.py:sast") == 0
+    small_nmnist.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert "does not exist" in refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'run'}"]))
+    assert main(["evaluate", f"--workdir={tmp_path / 'run'}", f"--config.dataset.root={tmp_path / 'moved'}"]) == 0
+    message = refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'run'}", "--config.sam.rho=1"]))
+    assert "evaluate takes only dataset.root and dataset.download" in message
+
+
+def test_mistakes_in_the_config_are_told_together(train, capsys, tmp_path):
+    message = refused(capsys, train("--config.sam.rhoo=1", "--config.network.decay=2", root=tmp_path / "none"))
+    assert "sam.rhoo: there is no such field; did you mean sam.rho?" in message
+    assert "network.decay: must be a finite number from 0 to 1; got 2.0" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variant", ["", ":sast"])
+def test_missing_data_folder_is_refused_before_anything_is_written(train, capsys, tmp_path, variant):
+    assert "does not exist" in refused(capsys, train(root=tmp_path / "none", config=f"configs/nmnist.py{variant}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_recording_is_named(train, capsys, small_nmnist):
+    (small_nmnist / "Train/3/00001.bin").write_bytes(b"1234567")
+    write_nmnist_file(small_nmnist / "Test/4/00001.bin", [(99, 1, 10, 0)])
+    message = refused(capsys, train())
+    assert "Train/3/00001.bin: size must be a positive multiple of 5 bytes; got 7" in message
+    assert "Test/4/00001.bin: event x must be 0 to 33; got 99 to 99" in message
+
+
+def test_batch_larger_than_the_training_part_is_refused(train, capsys):
+    assert "batch_size: must be at most the number of training samples, 30; got 31" in refused(
+        capsys, train("--config.batch_size=31")
+    )
+
+
+def test_folder_of_another_config_or_kind_is_refused(train, capsys, tmp_path):
+    assert train(config="configs/nmnist.py:sast") == 0
+    capsys.readouterr()
+    before = (tmp_path / "run" / "results.json").read_text()
+    message = refused(capsys, train("--config.num_epochs=3", config="configs/nmnist.py:sast"))
+    assert "num_epochs: the run has 2, the config 3" in message
+    assert "is a single run" in refused(capsys, train())
+    assert (tmp_path / "run" / "results.json").read_text() == before
+
+
+def test_folder_that_is_no_run_is_refused(capsys, tmp_path):
+    assert "is no run" in refused(capsys, main(["evaluate", f"--workdir={tmp_path}"]))
+    assert "is no run" in refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'none'}"]))
+    (tmp_path / "run.json").write_text("{ not json")
+    assert "cannot be read as JSON" in refused(capsys, main(["evaluate", f"--workdir={tmp_path}"]))
+
+
+def test_workdir_that_is_a_file_or_cannot_be_made_is_refused(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        status = main(["train", "--config=configs/digits.py:sast", f"--workdir={workdir}", "--config.num_epochs=1"])
+        assert "--workdir" in refused(capsys, status)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["trian"], ["train"], ["train", "--config=configs/digits.py"], ["evaluate"], ["evaluate", "--workdir=x", "--what"]],
+)
+def test_wrong_command_line_shows_its_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "usage: sast-jax" in capsys.readouterr().err
+
+
+def test_table_aligns_its_columns():
+    result = {"surrogate_accuracy": 0.9, "hard_accuracy": 0.95, "transfer_gap": -0.05, "num_test": 20}
+    lines = format_table({"a": result, "longer": {**result, "wall_time_seconds": 3.4}}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].split() == ["a", "90.0", "%", "95.0", "%", "-5.0", "20", "-", "-"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_command_writes_a_checkpoint_exits_130_and_goes_on(number, small_nmnist, tmp_path):
+    arguments = [*TINY[:-1], "--config.num_epochs=400", f"--config.dataset.root={small_nmnist}"]
+    command = [sys.executable, "-m", "sast_jax", "train", "--config=configs/nmnist.py:sast", f"--workdir={tmp_path / 'run'}"]
+    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        for line in process.stderr:
+            if "epoch 2," in line:
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+        assert process.wait(60) == 130
+    assert "sast-jax: interrupted: stopped at step" in rest
+    assert "Traceback" not in rest
+    stopped = load_run(tmp_path / "run")
+    assert stopped.results is None
+    # The same command goes on: with another number of epochs it would be another run.
+    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        first = next(line for line in process.stderr if "epoch" in line)
+        time.sleep(0.1)
+        process.send_signal(number)
+        process.stderr.read()
+        assert process.wait(60) == 130
+    assert int(first.split("epoch ")[1].split(",")[0]) > 2

@@ -1,0 +1,193 @@
+import re
+from pathlib import Path
+
+import ml_collections
+import optax
+import pytest
+
+from sast_jax import config as config_lib
+from sast_jax.config import SCHEMA, flatten, from_json, load_configs, make_network, make_optimizer, to_json
+from sast_jax.errors import UserError
+
+FILES = sorted(Path("configs").glob("*.py"))
+
+
+def problems_of(spec, *overrides):
+    with pytest.raises(UserError) as error:
+        load_configs(spec, overrides)
+    return str(error.value)
+
+
+def write_config(tmp_path, body):
+    path = tmp_path / "own.py"
+    path.write_text(body)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_shipped_config_has_every_field_each_with_a_comment(path, small_nmnist):
+    text = path.read_text()
+    for key in SCHEMA:
+        assert re.search(rf"^    config\.{re.escape(key)} = .+  # .+", text, re.M), key
+    for variant in ("", ":baseline", ":sast", ":straight_through"):
+        configs = load_configs(f"{path}{variant}", [f"dataset.root={small_nmnist}"])
+        assert list(configs) == (["baseline", "sast"] if not variant else [""])
+        for config in configs.values():
+            assert flatten(config).keys() == SCHEMA.keys()
+            assert config.is_locked
+    assert f"sast-jax train --config={path}" in text
+
+
+def test_variants_are_what_they_are_called():
+    configs = {name: load_configs(f"configs/digits.py:{name}")[""] for name in ("baseline", "sast", "straight_through")}
+    assert {name: (config.mode, config.sam.rho > 0) for name, config in configs.items()} == {
+        "baseline": ("surrogate", False),
+        "sast": ("surrogate", True),
+        "straight_through": ("straight_through", False),
+    }
+
+
+def test_override_sets_a_field_of_each_type():
+    config = load_configs(
+        "configs/digits.py:sast",
+        ["sam.rho=1e-1", "network.features=4,5,6", "dataset.binary=false", "network.reset=subtract", "seed=7", "network.slope=4"],
+    )[""]
+    assert config.sam.rho == 0.1
+    assert config.network.features == (4, 5, 6)
+    assert config.dataset.binary is False
+    assert config.network.reset == "subtract"
+    assert config.seed == 7
+    assert type(config.network.slope) is float
+    assert load_configs("configs/digits.py:sast", ["network.features=9", "sam.rho=1", "sam.rho=2"])[""].network.features == (9,)
+
+
+def test_all_problems_are_told_at_once_with_what_is_allowed():
+    text = problems_of(
+        "configs/digits.py:sast",
+        "sam.roh=0.1",
+        "sam.rho=-1",
+        "network.decay=1.5",
+        "network.reset=soft",
+        "batch_size=ten",
+        "num_epochs=2.5",
+        "network.features=12,x",
+        "optimizer.learning_rate=nan",
+        "dataset.binary=perhaps",
+        "learning_rate=0.1",
+        "seed",
+    )
+    for line in (
+        "sam.roh: there is no such field; did you mean sam.rho?",
+        "sam.rho: must be a finite number >= 0; got -1.0",
+        "network.decay: must be a finite number from 0 to 1; got 1.5",
+        "network.reset: must be one of zero, subtract, none; got 'soft'",
+        "batch_size: must be an integer >= 1; got 'ten'",
+        "num_epochs: must be an integer >= 1; got '2.5'",
+        "network.features: must be integers >= 1, as 12,32; got '12,x'",
+        "optimizer.learning_rate: must be a finite number above 0; got nan",
+        "dataset.binary: must be true or false; got 'perhaps'",
+        "learning_rate: there is no such field; did you mean optimizer.learning_rate?",
+        "seed: has no value; write --config.seed=VALUE",
+    ):
+        assert line in text, line
+    assert "11 problems" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["network.features=()"], "a conv network needs at least one convolution"),
+        (["dataset.num_test=0"], "digits needs at least 1 test sample"),
+        (["optimizer.weight_decay=0.1"], "only adamw has one"),
+        (["dataset.name=nmnist", "dataset.root=/nowhere"], "'/nowhere' does not exist"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(overrides, message):
+    assert message in problems_of("configs/digits.py:sast", *overrides)
+
+
+def test_fields_of_the_pair_that_make_the_difference_are_kept():
+    configs = load_configs("configs/digits.py", ["sam.rho=0.7", "num_epochs=3"])
+    assert [(config.sam.rho, config.num_epochs) for config in configs.values()] == [(0.0, 3), (0.7, 3)]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("x = 1", "does not define get_config"),
+        ("import nothing_of_that_name", "could not be run: ModuleNotFoundError"),
+        ("def get_config(variant=''): return {}", "must return an ml_collections.ConfigDict; got dict"),
+        ("def get_config(variant=''): raise KeyError('x')", "KeyError: 'x'"),
+        ("import ml_collections\ndef get_config(variant=''): return ml_collections.ConfigDict()", "seed: is missing"),
+        (
+            "import ml_collections\ndef get_config(variant=''): return ml_collections.ConfigDict({'sam': {'rhoo': 1}})",
+            "sam.rhoo: there is no such field; did you mean sam.rho?",
+        ),
+    ],
+)
+def test_config_file_that_is_none_is_refused(tmp_path, body, message):
+    assert message in problems_of(write_config(tmp_path, body))
+
+
+def test_missing_file_and_unknown_variant_are_named(tmp_path):
+    assert "there is no file 'none.py'" in problems_of("none.py")
+    assert "there is no file 'none.py'" in problems_of("none.py:sast")
+    (tmp_path / "config.txt").touch()
+    assert "is no Python file" in problems_of(str(tmp_path / "config.txt"))
+    assert "must be one of baseline, sast, straight_through" in problems_of("configs/digits.py:other")
+
+
+def test_wrong_types_in_a_file_are_found(tmp_path):
+    text = Path("configs/digits.py").read_text()
+    text = text.replace("config.batch_size = ", 'config.batch_size = "many"  #').replace(
+        "config.sam.rho = 0", "config.sam.rho = True  #"
+    )
+    path = write_config(tmp_path, text.replace("config.network.features = (", "config.network.features = (0, "))
+    found = problems_of(f"{path}:sast")
+    assert "batch_size: must be an integer >= 1; got 'many'" in found
+    assert "network.features: must be integers >= 1, as 12,32; got (0, " in found
+
+
+def test_config_survives_json():
+    config = load_configs("configs/digits.py:sast")[""]
+    assert from_json(to_json(config)) == config
+    with pytest.raises(UserError, match="seed: is missing"):
+        from_json({key: value for key, value in to_json(config).items() if key != "seed"})
+
+
+def test_network_takes_its_fields_from_the_config():
+    overrides = ["network.decay=0.5", "network.features=3,4", "network.reset=none", "network.kernel_size=3"]
+    network = make_network(load_configs("configs/digits.py:sast", overrides)[""], 7)
+    assert (network.decay, network.features, network.reset, network.kernel_size, network.num_classes) == (
+        0.5,
+        (3, 4),
+        "none",
+        3,
+        7,
+    )
+    mlp = make_network(load_configs("configs/digits.py:sast", ["network.kind=mlp"])[""], 7)
+    assert not hasattr(mlp, "kernel_size")
+
+
+def test_learning_rate_falls_to_zero_over_the_run_or_stays(float64):
+    import jax.numpy as jnp
+
+    params = jnp.zeros(2)
+    sizes = {}
+    for schedule in ("cosine", "constant"):
+        overrides = ["optimizer.name=sgd", "optimizer.learning_rate=1", f"optimizer.schedule={schedule}"]
+        tx = make_optimizer(load_configs("configs/digits.py:baseline", overrides)[""], 4)
+        state = tx.init(params)
+        sizes[schedule] = []
+        for _ in range(5):
+            updates, state = tx.update(jnp.array([1.0, 0.0]), state, params)
+            sizes[schedule].append(-float(updates[0]))
+    momentum = [1.0, 1.9, 2.71, 3.439, 4.0951]
+    assert sizes["constant"] == pytest.approx(momentum)
+    assert sizes["cosine"] == pytest.approx([m * float(optax.cosine_decay_schedule(1.0, 4)(i)) for i, m in enumerate(momentum)])
+    assert sizes["cosine"][4] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_flat_paths_cover_nested_sections():
+    nested = ml_collections.ConfigDict({"a": 1, "b": {"c": (2,), "d": {"e": 3}}})
+    assert config_lib.flatten(nested) == {"a": 1, "b.c": (2,), "b.d.e": 3}
