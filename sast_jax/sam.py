@@ -48,8 +48,8 @@ def sam(
         >>> params = jnp.array([3.0, 4.0])
         >>> grad_fn = jax.grad(lambda w: 0.5 * jnp.sum(w**2))
         >>> updates, _ = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
-        >>> updates.round(2).tolist()
-        [-3.06, -4.08]
+        >>> print(updates.round(2))
+        [-3.06 -4.08]
 
     References:
         Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization for Efficiently Improving Generalization. ICLR 2021.

@@ -1,0 +1,182 @@
+r"""What the swap to hard spikes costs: baseline, SAST and straight-through training over several seeds.
+
+    python benchmarks/transfer_gap.py --config=configs/digits.py --workdir=runs/transfer_gap_digits
+    python benchmarks/transfer_gap.py --config=configs/nmnist.py --workdir=runs/transfer_gap_nmnist \
+        --config.dataset.root=FOLDER
+
+First the radius: SAST is trained with each of `--rhos` and each of `--selection-seeds`, and the radius of the highest mean
+hard-spike accuracy on the validation part is taken (the smaller one of equals). Then all three are trained with `--seeds`,
+which are others, and evaluated on the test part. Finished runs are not repeated, so the command can be stopped and started
+again. Writes `benchmarks/results/transfer_gap_<config>.json`, `.md` and `.png`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sast_jax.config import load_configs
+from sast_jax.training import train_and_evaluate
+
+FOLDER = Path(__file__).parent / "results"
+
+METHODS = {
+    "baseline": "surrogate-forward, no SAM",
+    "sast": "SAST, independent batch",
+    "straight_through": "straight-through, no SAM",
+}
+
+PAPER = {
+    "nmnist": "For reference, the papers report for their network on the full N-MNIST (not measured here): hard-spike accuracy "
+    "65.7 % to 94.7 %, gap 30.3 to 2.5 points, epoch time 2.08x."
+}
+
+
+def numbers(text):
+    """Parses `1,2,3`."""
+    return tuple(json.loads(f"[{text}]"))
+
+
+def train(args, overrides, variant, seed, **fields):
+    """Trains a variant, or finds it trained, and returns its results."""
+    fields = {"seed": seed, **fields}
+    name = "-".join([variant, *(f"{key.rpartition('.')[2]}{value}" for key, value in fields.items())])
+    own = [f"{key}={value}" for key, value in fields.items()]
+    (config,) = load_configs(f"{args.config}:{variant}", [*overrides, *own]).values()
+    return train_and_evaluate(config, args.workdir / name, title=name)
+
+
+def select_rho(args, overrides):
+    """Returns the mean validation accuracies by radius and the radius of the highest hard-spike accuracy."""
+    rows = {}
+    for rho in args.rhos:
+        runs = [train(args, overrides, "sast", seed, **{"sam.rho": rho})["validation"] for seed in args.selection_seeds]
+        rows[rho] = {key: float(np.mean([run[key] for run in runs])) for key in ("surrogate_accuracy", "hard_accuracy")}
+    return rows, max(rows, key=lambda rho: (round(rows[rho]["hard_accuracy"], 6), -rho))
+
+
+def summary(runs):
+    """Means, standard errors and the values of all seeds, of accuracies in percent and costs."""
+    values = {
+        "surrogate": [100 * run["surrogate_accuracy"] for run in runs],
+        "hard": [100 * run["hard_accuracy"] for run in runs],
+        "gap": [100 * run["transfer_gap"] for run in runs],
+        "gradient_evaluations": [run["num_gradient_evaluations"] for run in runs],
+        "epoch_seconds": [run["median_epoch_seconds"] for run in runs],
+        "seconds": [run["wall_time_seconds"] for run in runs],
+    }
+    return {
+        key: {
+            "mean": float(np.mean(each)),
+            "standard_error": float(np.std(each, ddof=1) / np.sqrt(len(each))) if len(each) > 1 else None,
+            "values": [round(float(value), 4) for value in each],
+        }
+        for key, each in values.items()
+    }
+
+
+def markdown(results):
+    """The results as the table of the README."""
+
+    def cell(row, key):
+        error = row[key]["standard_error"]
+        seeds = ", ".join(f"{value:.1f}" for value in row[key]["values"])
+        return f"{row[key]['mean']:.1f}{'' if error is None else f' ± {error:.1f}'} <br><sub>{seeds}</sub>"
+
+    lines = [
+        "| training | surrogate accuracy, % | hard-spike accuracy, % | transfer gap, points | gradients | epoch time |",
+        "|---|---|---|---|---|---|",
+    ]
+    baseline = results["methods"]["baseline"]
+    for name, row in results["methods"].items():
+        title = METHODS[name] + (f", rho {results['rho']:g}" if name == "sast" else "")
+        gradients = row["gradient_evaluations"]["mean"] / baseline["gradient_evaluations"]["mean"]
+        ratio = np.median(np.divide(row["epoch_seconds"]["values"], baseline["epoch_seconds"]["values"]))
+        cells = [cell(row, key) for key in ("surrogate", "hard", "gap")]
+        lines.append(f"| {title} | {' | '.join(cells)} | {gradients:.0f}x | {ratio:.2f}x |")
+    data = results["data"]
+    seeds = ", ".join(map(str, results["seeds"]))
+    lines += [
+        "",
+        f"Mean ± standard error over seeds {seeds}, listed below it; {data['num_train']} training, {data['num_validation']} "
+        f"validation and {data['num_test']} test recordings. Radius chosen on the validation part with seeds "
+        f"{', '.join(map(str, results['selection_seeds']))} from {', '.join(f'{float(r):g}' for r in results['selection'])}. "
+        f"A baseline run takes {baseline['seconds']['mean']:.0f} s on two {results['environment']['device'].upper()} cores; epoch "
+        f"time is the median ratio to the baseline of the same seed. {PAPER.get(results['name'], '')}".rstrip(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results, path):
+    """Both accuracies of every seed, joined per run, by training method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    colors = {"surrogate": "#8d99ae", "hard": "#d1495b"}
+    for i, row in enumerate(results["methods"].values()):
+        pairs = np.array([row["surrogate"]["values"], row["hard"]["values"]])
+        axes.plot([i - 0.14, i + 0.14], pairs, color="#c8ccd4", linewidth=1, zorder=1)
+        for offset, mode, values in ((-0.14, "surrogate", pairs[0]), (0.14, "hard", pairs[1])):
+            axes.scatter(np.full(len(values), i + offset), values, s=22, color=colors[mode], alpha=0.55, linewidths=0, zorder=2)
+            axes.plot([i + offset - 0.09, i + offset + 0.09], [values.mean()] * 2, color=colors[mode], linewidth=3, zorder=3)
+            side = "right" if offset < 0 else "left"
+            axes.annotate(
+                f"{values.mean():.1f}", (i + 1.85 * offset, values.mean()), ha=side, va="center", fontsize=9, color=colors[mode]
+            )
+    axes.plot([], [], color=colors["surrogate"], linewidth=3, label="smooth spikes, as trained or its stand-in")
+    axes.plot([], [], color=colors["hard"], linewidth=3, label="hard spikes, as deployed")
+    titles = ["surrogate-forward", f"SAST, rho {results['rho']:g}", "straight-through"]
+    axes.set_xticks(range(len(titles)), titles)
+    axes.set_xlim(-0.6, len(titles) - 0.4)
+    axes.set_ylabel("test accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e9ecef")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=160)
+
+
+def main():
+    """Selects, trains, and writes the table and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="config file with the variants baseline, sast and straight_through")
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--rhos", type=numbers, default=(0.05, 0.1, 0.2, 0.3, 0.4))
+    parser.add_argument("--selection-seeds", type=numbers, default=(100, 101))
+    parser.add_argument("--seeds", type=numbers, default=(0, 1, 2, 3, 4))
+    args, rest = parser.parse_known_args()
+    overrides = [text.removeprefix("--config.") for text in rest]
+
+    selection, rho = select_rho(args, overrides)
+    runs = {}
+    for seed in args.seeds:  # Methods take turns, so that a ratio of times compares neighbours.
+        for method in METHODS:
+            fields = {"sam.rho": rho} if method == "sast" else {}
+            runs.setdefault(method, []).append(train(args, overrides, method, seed, **fields))
+    one = runs["sast"][0]
+    results = {
+        "name": Path(args.config).stem,
+        "overrides": [text for text in overrides if not text.startswith("dataset.root")],
+        "selection": selection,
+        "selection_seeds": args.selection_seeds,
+        "rho": rho,
+        "seeds": args.seeds,
+        "data": {key: one[key] for key in ("num_train", "num_validation", "num_test")},
+        "environment": one["environment"],
+        "methods": {method: summary(each) for method, each in runs.items()},
+        "config": {**one["config"], "dataset": {**one["config"]["dataset"], "root": ""}},
+    }
+    path = FOLDER / f"transfer_gap_{results['name']}"
+    FOLDER.mkdir(exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(results))
+    draw(results, path.with_suffix(".png"))
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
