@@ -102,7 +102,7 @@ def markdown(results):
         f"Mean ± standard error over seeds {seeds}, listed below it; {data['num_train']} training, {data['num_validation']} "
         f"validation and {data['num_test']} test recordings. Radius chosen on the validation part with seeds "
         f"{', '.join(map(str, results['selection_seeds']))} from {', '.join(f'{float(r):g}' for r in results['selection'])}. "
-        f"A baseline run takes {baseline['seconds']['mean']:.0f} s on two {results['environment']['device'].upper()} cores; epoch "
+        f"A baseline run: {baseline['seconds']['mean']:.0f} s on two {results['environment']['device'].upper()} cores; epoch "
         f"time is the median ratio to the baseline of the same seed. {PAPER.get(results['name'], '')}".rstrip(),
     ]
     return "\n".join(lines) + "\n"
