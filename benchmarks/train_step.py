@@ -3,28 +3,25 @@
     python benchmarks/train_step.py
 
 The candidates take turns, so that a busy machine slows all of them alike; a row's ratio is the median, over the rounds, of
-its time over that of the default. Writes `benchmarks/results/train_step.json`.
+its time over that of the default. Writes `benchmarks/results/train_step.json` and `.md`, and the table into the README.
 """
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import time
-from pathlib import Path
 from unittest import mock
 
 import jax
 import numpy as np
 import optax
 from jax import lax
+from publish import publish
 
 from sast_jax import SpikingConvNet, SpikingMLP, sam
+from sast_jax.allocator import keep_freed_memory
 from sast_jax.data import Batch
 from sast_jax.training import init_state, make_train_step
-
-RESULTS = Path(__file__).parent / "results" / "train_step.json"
 
 
 def plain_convolution(images, kernel):
@@ -101,28 +98,38 @@ def measure(candidates, num_time_steps, batch_size, rounds):
     }
 
 
+def markdown(tables, environment):
+    """One table per workload."""
+    lines = []
+    for workload, rows in tables.items():
+        lines += [f"| {workload} | median, ms (quartiles) | ratio | compile, s |", "|---|---|---|---|"]
+        for name, row in rows.items():
+            low, median, high = row["milliseconds"]
+            lines.append(
+                f"| {name} | {median:.1f} ({low:.1f} - {high:.1f}) | {row['ratio']:.2f} | {row['compile_seconds']:.1f} |"
+            )
+        lines.append("")
+    lines.append(
+        "jax {jax} on {cores} {device} cores, {rounds} rounds, load {load_average:.1f} at the start.".format(**environment)
+    )
+    return "\n".join(lines) + "\n"
+
+
 def main():
-    """Prints and writes the table."""
+    """Measures, then prints and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    tables = {}
-    for workload, (candidates, num_time_steps, batch_size) in WORKLOADS.items():
-        tables[workload] = measure(candidates, num_time_steps, batch_size, rounds)
-        print(f"\n{workload}\n{'':48}{'median ms (quartiles)':>26}{'ratio':>8}{'compile s':>11}")
-        for name, row in tables[workload].items():
-            low, median, high = row["milliseconds"]
-            print(f"{name:48}{f'{median:.1f} ({low:.1f} - {high:.1f})':>26}{row['ratio']:8.2f}{row['compile_seconds']:11.1f}")
+    keep_freed_memory()
     environment = {
         "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         "jax": jax.__version__,
         "rounds": rounds,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"environment": environment, "workloads": tables}, indent=2) + "\n")
+    tables = {workload: measure(*arguments, rounds) for workload, arguments in WORKLOADS.items()}
+    publish("train_step", {"environment": environment, "workloads": tables}, markdown(tables, environment))
 
 
 if __name__ == "__main__":

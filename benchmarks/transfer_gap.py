@@ -7,7 +7,7 @@ r"""What the swap to hard spikes costs: baseline, SAST and straight-through trai
 First the radius: SAST is trained with each of `--rhos` and each of `--selection-seeds`, and the radius of the highest mean
 hard-spike accuracy on the validation part is taken (the smaller one of equals). Then all three are trained with `--seeds`,
 which are others, and evaluated on the test part. Finished runs are not repeated, so the command can be stopped and started
-again. Writes `benchmarks/results/transfer_gap_<config>.json`, `.md` and `.png`.
+again. Writes `benchmarks/results/transfer_gap_<config>.json`, `.md` and `.png`, and the table into the README.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+from publish import RESULTS, publish
 
+from sast_jax.allocator import keep_freed_memory
 from sast_jax.config import load_configs
 from sast_jax.training import train_and_evaluate
-
-FOLDER = Path(__file__).parent / "results"
 
 METHODS = {
     "baseline": "surrogate-forward, no SAM",
@@ -149,6 +149,7 @@ def main():
     parser.add_argument("--selection-seeds", type=numbers, default=(100, 101))
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2, 3, 4))
     args, rest = parser.parse_known_args()
+    keep_freed_memory()
     overrides = [text.removeprefix("--config.") for text in rest]
 
     selection, rho = select_rho(args, overrides)
@@ -170,12 +171,9 @@ def main():
         "methods": {method: summary(each) for method, each in runs.items()},
         "config": {**one["config"], "dataset": {**one["config"]["dataset"], "root": ""}},
     }
-    path = FOLDER / f"transfer_gap_{results['name']}"
-    FOLDER.mkdir(exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(results))
-    draw(results, path.with_suffix(".png"))
-    print(markdown(results))
+    name = f"transfer_gap_{results['name']}"
+    publish(name, results, markdown(results))
+    draw(results, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sast_jax.allocator import keep_freed_memory
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -122,5 +124,6 @@ def format_table(runs: dict[str, dict[str, Any]]) -> str:
 
 def entry_point() -> None:
     """Entry point of the installed command."""
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Where training does not handle it, as Ctrl-C.
     sys.exit(main())
