@@ -75,3 +75,9 @@ def test_public_names_have_docstrings_and_are_all_there():
 
 def test_changelog_knows_the_version():
     assert re.search(rf"^## {re.escape(sast_jax.__version__)}\b", Path("CHANGELOG.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("name", re.findall(r"^<!-- begin (\w+) -->$", Path("README.md").read_text(), re.M))
+def test_readme_shows_the_table_that_its_command_wrote(name):
+    table = (Path("benchmarks/results") / f"{name}.md").read_text()
+    assert f"<!-- begin {name} -->\n{table}<!-- end {name} -->\n" in Path("README.md").read_text()
