@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.network.slope = 2.0  # Of the smooth spikes; the steeper, the closer to hard ones and the smaller the gap.
     config.network.readout = "leaky"  # leaky: mean potential of outputs that do not spike; rate: their spike counts.
     config.network.readout_decay = 0.0  # Of the leaky readout; 0: the mean of the output current.
-    config.network.init_gain = 2.0  # Initial weights are this much larger than LeCun's; at 1 learning starts slowly.
+    config.network.init_gain = 4.0  # Initial weights are this much larger than LeCun's; at 1 or 2 SAST starts learning late.
 
     config.mode = "surrogate"  # Forward pass of training: smooth spikes, or straight_through (hard, smooth derivative).
     config.sam = ml_collections.ConfigDict()
@@ -51,7 +51,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.schedule = "cosine"  # cosine: down to 0 at the end; constant.
     config.optimizer.weight_decay = 0.0  # Of adamw.
 
-    config.batch_size = 64  # Of the descent batch and of the perturbation batch.
+    config.batch_size = 32  # Of the descent batch and of the perturbation batch.
     config.num_epochs = 10  # Passes over the training part by the descent batches.
     config.evaluate_every_epochs = 5  # On the validation part, in both modes.
     config.checkpoint_every_epochs = 5  # The last two checkpoints are kept.

@@ -1,47 +1,81 @@
 """Sharpness-aware minimisation as one link of an `optax.chain`, placed before any optimizer."""
 
+import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+Adaptive = Literal["element", "filter"]
+
+ADAPTIVE: tuple[Adaptive, ...] = ("element", "filter")
 
 
 class SamState(NamedTuple):
     """State of `sam`.
 
     Attributes:
-        count: Number of updates so far, int32; the argument of a `rho` schedule.
+        count: Number of updates so far, int32; the argument of a `rho` schedule and of `active`.
+        aux: What `grad_fn` returned beside the gradient at the last active update; `None` unless `sam(aux=...)` asks for it.
+        sharpness: LookSAM's component of the last active update, shaped as the weights; `None` unless `sam(reuse=...)` asks.
     """
 
     count: jax.Array  # type: ignore[assignment]
+    aux: Any = None
+    sharpness: Any = None
 
 
 def sam(
-    rho: float | jax.Array | Callable[[jax.Array], jax.Array], *, normalize: bool = True
+    rho: float | jax.Array | Callable[[jax.Array], jax.Array],
+    *,
+    normalize: bool = True,
+    adaptive: Adaptive | None = None,
+    mask: Any = None,
+    active: Callable[[jax.Array], jax.Array] | None = None,
+    reuse: float | None = None,
+    gsam: float | None = None,
+    aux: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces a gradient by the gradient at a perturbed point.
 
-    .. math:: \epsilon = \rho\, g' / \|g'\|_2, \qquad g = \nabla L_B(w + \epsilon)
+    .. math:: \epsilon = \rho\, \frac{T^2 g'}{\|T g'\|_2}, \qquad g = \nabla L_B(w + \epsilon), \qquad T = 1
 
     The update takes the *perturbation gradient* :math:`g' = \nabla L_{B'}(w)` and, as `grad_fn`, the gradient function of the
     descent batch :math:`B`; it returns :math:`g`, which the rest of the chain treats like any gradient. The caller draws the
-    two batches: independently for the setting of the convergence proof, or `B' = B` for ordinary SAM. Weights are
-    perturbed as one vector (global norm) and never stored. At :math:`g' = 0` there is no direction to climb and
-    :math:`\epsilon = 0`.
+    two batches: independently for the setting of the convergence proof, `B' = B` for ordinary SAM, or a smaller `B'`.
+    All perturbed weights count as one vector (global norm), and no copy of them is stored. At :math:`g' = 0` there is no
+    direction to climb and :math:`\epsilon = 0`. The parts below combine freely.
 
     Args:
         rho: Radius :math:`\rho \ge 0`, a number or a schedule from the update count to a number. At 0 the update is
             `grad_fn(params)`, so the chain is its base optimizer.
-        normalize: If `False`, :math:`\epsilon = \rho\, g'` (unnormalised SAM; Andriushchenko and Flammarion 2022).
+        normalize: If `False`, :math:`\epsilon = \rho\, T^2 g'` (unnormalised SAM; Andriushchenko and Flammarion 2022).
+        adaptive: ASAM's :math:`T`, which makes the perturbation independent of the weights' scale (Kwon et al. 2021).
+            `element`: :math:`T = |w|`; no constant is added, so a weight of 0 is not perturbed. `filter`: for arrays of two
+            or more axes the norm of each filter, that is of each slice of the last axis (flax's layout), for others
+            :math:`|w|`.
+        mask: Which weights are perturbed (the others are trained, but not perturbed): a tree of booleans shaped as the
+            weights or a prefix of it, or a function from the weights to such a tree.
+        active: Function from the update count to a boolean: whether this update perturbs. When it does not, the incoming
+            gradient passes through as if `sam` were not in the chain, and `grad_fn` is not called: the update costs one gradient.
+            `lambda count: count % 5 == 0` is every 5th step, `lambda count: count >= 900` the last part of training.
+        reuse: Weight :math:`\alpha \ge 0` of LookSAM (Liu et al. 2022). At an active update the part of :math:`g` orthogonal to
+            :math:`g'` is kept as :math:`g_v`; an inactive one returns :math:`g' + \alpha (\|g'\| / \|g_v\|)\, g_v`.
+        gsam: Weight :math:`\alpha \ge 0` of GSAM (Zhuang et al. 2022): :math:`g - \alpha\, g'_\perp`, with
+            :math:`g'_\perp` the part of :math:`g'` orthogonal to :math:`g`, lowers the gap between perturbed and plain loss.
+        aux: If given, `grad_fn` returns `(gradient, aux)`, and the state keeps the aux of the last active update (as its
+            loss); this is an example of it, for its shapes and types, and its value before the first.
 
     Returns:
         A transformation whose `update(perturbation_grads, state, params, grad_fn=...)` returns the gradient at the perturbed
         weights. Further keyword arguments are accepted and ignored, as chained transformations share them.
 
     Raises:
-        ValueError: If a concrete `rho` is negative or not finite; at update if `params` or `grad_fn` is missing.
+        ValueError: If a concrete `rho`, `reuse` or `gsam` is negative or not finite, or `adaptive` is unknown; at init or
+            update if `params` or `grad_fn` is missing, or if `sam` stands where its result would be wrong: inside
+            `optax.masked`, `optax.multi_transform` or `optax.MultiSteps`, or behind another link of a chain.
 
     Example:
         >>> tx = optax.chain(sam(rho=0.1), optax.sgd(1.0))
@@ -54,13 +88,31 @@ def sam(
     References:
         Foret, Kleiner, Mobahi, Neyshabur. Sharpness-Aware Minimization for Efficiently Improving Generalization. ICLR 2021.
         Independent perturbation batch: Nicholson, arXiv:2603.18039.
+        Andriushchenko, Flammarion. Towards Understanding Sharpness-Aware Minimization. ICML 2022.
+        Kwon, Kim, Park, Choi. ASAM: Adaptive Sharpness-Aware Minimization. ICML 2021, equation 5.
+        Liu, Mai, Chen, Hsieh, You. Towards Efficient and Scalable Sharpness-Aware Minimization. CVPR 2022, algorithm 1.
+        Zhuang et al. Surrogate Gap Minimization Improves Sharpness-Aware Training. ICLR 2022, algorithm 1.
     """
-    if isinstance(rho, (int, float)) and not 0 <= rho < float("inf"):
-        raise ValueError(f"rho must be a finite number >= 0; got {rho!r}")
+    for name, value in (("rho", rho), ("reuse", reuse), ("gsam", gsam)):
+        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number >= 0; got {value!r}")
+    if adaptive is not None and adaptive not in ADAPTIVE:
+        raise ValueError(f"adaptive must be None or one of {', '.join(ADAPTIVE)}; got {adaptive!r}")
+    if reuse is not None and active is None:
+        raise ValueError("reuse needs active: it says what the updates do that do not perturb")
 
     def init_fn(params):
-        del params
-        return SamState(count=jnp.zeros([], jnp.int32))
+        _refuse_partial_tree(params)
+        if _is_called_by(optax.MultiSteps):
+            raise ValueError(
+                "optax.MultiSteps around sam would take the descent gradient of the last micro-batch alone; write "
+                "chain(sam(...), MultiSteps(optimizer, k).gradient_transformation()), or average the gradients of the "
+                "micro-batches in grad_fn"
+            )
+        sharpness = jax.tree.map(lambda w: jnp.zeros(w.shape, _wide(w)), params) if reuse is not None else None
+        return SamState(
+            jnp.zeros([], jnp.int32), jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), aux), sharpness
+        )
 
     def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
         del extra_args
@@ -71,14 +123,104 @@ def sam(
                 "sam needs the gradient function of the descent batch: call update(perturbation_grads, state, params, "
                 "grad_fn=lambda params: jax.grad(loss)(params, descent_batch))"
             )
-        radius = rho(state.count) if callable(rho) else rho
-        direction = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates)
-        if normalize:
-            # Scaled by the largest entry first, because the squares of a small gradient underflow; `tiny` makes 0 / 0 a 0.
-            for order in ("inf", 2):
-                norm = jnp.maximum(optax.tree.norm(direction, ord=order), jnp.finfo(jnp.float32).tiny)
-                direction = optax.tree.scale(1 / norm, direction)
-        perturbed = jax.tree.map(lambda w, e: (w + radius * e).astype(w.dtype), params, direction)
-        return grad_fn(perturbed), SamState(count=optax.safe_increment(state.count))
+        _refuse_partial_tree(params)
+        # `optax.chain` and `optax.named_chain` collect the states of the links before this one in a local of that name.
+        if sys._getframe(1).f_globals["__name__"].startswith("optax.") and sys._getframe(1).f_locals.get("new_state"):
+            raise ValueError(
+                "sam must be the first link of its chain: what comes before it would change the direction of the perturbation "
+                "and be lost for the descent; write chain(sam(...), add_decayed_weights(...), ...)"
+            )
+        climb = jax.tree.map(lambda g: g.astype(_wide(g)), updates)
+
+        def perturb():
+            radius = rho(state.count) if callable(rho) else rho
+            direction = _direction(climb, params, normalize=normalize, adaptive=adaptive, mask=mask)
+            output = _call(grad_fn, jax.tree.map(lambda w, e: (w + radius * e).astype(w.dtype), params, direction))
+            descent, new_aux = output if aux is not None else (output, None)
+            new_aux = jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state.aux, new_aux)
+            wide = jax.tree.map(lambda g: g.astype(_wide(g)), descent)
+            sharpness = _reject(wide, climb) if reuse is not None else None
+            if gsam is not None:
+                descent = jax.tree.map(lambda g, c: (g - gsam * c).astype(g.dtype), descent, _reject(climb, wide))
+            return descent, new_aux, sharpness
+
+        def pass_through():
+            if reuse is None:
+                return updates, state.aux, None
+            scale = reuse * optax.tree.norm(climb) / _at_least_tiny(optax.tree.norm(state.sharpness))
+            reused = jax.tree.map(lambda g, c, v: (c + scale * v).astype(g.dtype), updates, climb, state.sharpness)
+            return reused, state.aux, state.sharpness
+
+        result = perturb() if active is None else jax.lax.cond(active(state.count), perturb, pass_through)
+        gradient, new_aux, sharpness = result
+        return gradient, SamState(optax.safe_increment(state.count), new_aux, sharpness)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _wide(leaf):
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _at_least_tiny(norm):
+    return jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
+
+
+def _direction(grads, params, *, normalize, adaptive, mask):
+    """T^2 g' / ||T g'||, or T^2 g' if not normalised; zero where masked, and everywhere if g' is."""
+    if mask is not None:
+        keep = mask(params) if callable(mask) else mask
+        grads = jax.tree.map(lambda k, part: jax.tree.map(lambda g: jnp.where(k, g, 0), part), keep, grads)
+    if normalize:
+        # Scaled by the largest entry first: the squares of a small gradient underflow.
+        grads = optax.tree.scale(1 / _at_least_tiny(optax.tree.norm(grads, ord="inf")), grads)
+    scale = jax.tree.map(lambda w: _scale(w, adaptive), params) if adaptive else None
+    scaled = jax.tree.map(jnp.multiply, scale, grads) if adaptive else grads
+    if normalize:
+        scaled = optax.tree.scale(1 / _at_least_tiny(optax.tree.norm(scaled)), scaled)
+    return jax.tree.map(jnp.multiply, scale, scaled) if adaptive else scaled
+
+
+def _scale(weights, adaptive):
+    """ASAM's T for one array of weights."""
+    size = jnp.abs(weights.astype(_wide(weights)))
+    if adaptive == "element" or weights.ndim < 2:
+        return size
+    return jnp.sqrt(jnp.sum(jnp.square(size), axis=tuple(range(weights.ndim - 1)), keepdims=True))
+
+
+def _reject(a, b):
+    """The part of `a` that is orthogonal to `b`."""
+    share = optax.tree.vdot(a, b) / _at_least_tiny(optax.tree.vdot(b, b))
+    return jax.tree.map(lambda x, y: x - share * y, a, b)
+
+
+def _call(grad_fn, params):
+    try:
+        return grad_fn(params)
+    except Exception as error:
+        error.add_note(
+            "sam called grad_fn with weights of the structure that update received. If this is not the structure that grad_fn "
+            "takes, a wrapper around sam changed it, as optax.flatten does: let the wrapper hold the optimizer alone, "
+            "chain(sam(...), flatten(optimizer))."
+        )
+        raise
+
+
+def _refuse_partial_tree(params):
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            "sam inside optax.masked, optax.multi_transform or optax.partition sees a part of the weights, and grad_fn needs "
+            "all; write chain(sam(rho, mask=...), masked(optimizer, ...)): sam's own mask says what is perturbed"
+        )
+
+
+def _is_called_by(kind):
+    """Whether a method of an instance of `kind` is among the callers. Nothing else tells a transformation who wraps it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), kind):
+            return True
+        frame = frame.f_back
+    return False

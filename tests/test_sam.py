@@ -149,3 +149,144 @@ def test_missing_arguments_are_named():
         tx.update(PARAMS, tx.init(PARAMS), grad_fn=lambda p: p)
     with pytest.raises(ValueError, match="sam needs the gradient function of the descent batch"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+GRADS = {"w": jnp.array([[0.3, -0.4], [1.2, 0.0]]), "b": jnp.array([0.0, -2.0])}
+
+
+def perturbation(grads=GRADS, params=PARAMS, **parts):
+    """What `sam` adds to the weights before it asks for the descent gradient."""
+    tx = sam(**{"rho": 0.5, **parts})
+    moved, _ = tx.update(grads, tx.init(params), params, grad_fn=lambda p: jax.tree.map(jnp.subtract, p, params))
+    return {key: np.asarray(value, np.float64) for key, value in moved.items()}
+
+
+def scales(kind):
+    w, b = (np.asarray(PARAMS[key], np.float64) for key in ("w", "b"))
+    if kind == "element":
+        return {"w": np.abs(w), "b": np.abs(b)}
+    return {"w": np.array([[np.hypot(1.0, 0.5), np.hypot(2.0, 3.0)]] * 2), "b": np.abs(b)}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["element", "filter"])
+def test_adaptive_perturbation_is_that_of_the_paper(kind, normalize):
+    scale = scales(kind)
+    scaled = {key: scale[key] * np.asarray(GRADS[key], np.float64) for key in scale}
+    norm = np.sqrt(sum(np.sum(value**2) for value in scaled.values())) if normalize else 1.0
+    expected = {key: 0.5 * scale[key] * scaled[key] / norm for key in scale}
+    assert_trees_close(perturbation(adaptive=kind, normalize=normalize), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_adaptive_perturbation_follows_the_weights_scale_and_the_plain_one_does_not():
+    # Scaled weights with a loss that undoes the scale: the gradient shrinks by it, an adaptive perturbation grows by it.
+    scaled, grads = jax.tree.map(lambda w: 10 * w, PARAMS), jax.tree.map(lambda g: g / 10, GRADS)
+    assert_trees_close(
+        perturbation(grads, scaled, adaptive="element"),
+        {k: 10 * v for k, v in perturbation(adaptive="element").items()},
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert_trees_close(perturbation(grads, scaled), perturbation(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [{"w": True, "b": False}, lambda params: jax.tree.map(lambda w: w.ndim > 1, params)])
+def test_masked_weights_are_not_perturbed_and_do_not_count(mask):
+    moved = perturbation(mask=mask)
+    assert not moved["b"].any()
+    np.testing.assert_allclose(moved["w"], 0.5 * np.asarray(GRADS["w"]) / 1.3, rtol=1e-5)
+
+
+def test_mask_may_be_entry_by_entry():
+    moved = perturbation(mask={"w": jnp.array([[True, False], [False, False]]), "b": False})
+    np.testing.assert_allclose(moved["w"], [[0.5, 0.0], [0.0, 0.0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_inactive_update_passes_the_gradient_through_at_the_cost_of_none(jit):
+    calls = []
+
+    def grad_fn(params):
+        jax.debug.callback(lambda: calls.append(1))
+        return jax.grad(loss)(params, draw(1))
+
+    tx = sam(0.3, active=lambda count: count % 3 == 0)
+    state = tx.init(PARAMS)
+    grads = jax.grad(loss)(PARAMS, draw(0))
+    step = (lambda f: jax.jit(f) if jit else f)(lambda state: tx.update(grads, state, PARAMS, grad_fn=grad_fn))
+    for count in range(7):
+        updates, state = step(state)
+        expected = by_hand(PARAMS, draw(0), draw(1), 0.3) if count % 3 == 0 else grads
+        assert_trees_close(updates, expected, rtol=1e-4, atol=1e-6)
+    jax.effects_barrier()
+    assert len(calls) == 3
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(tree[key], np.float64).ravel() for key in ("w", "b")])
+
+
+def test_reuse_is_the_step_of_looksam():
+    tx = sam(0.3, active=lambda count: count == 0, reuse=0.7)
+    state = tx.init(PARAMS)
+    sharp, state = update(tx, PARAMS, draw(0), draw(0), state)
+    plain = jax.grad(loss)(PARAMS, draw(0))
+    orthogonal = flat(sharp) - flat(sharp) @ flat(plain) / (flat(plain) @ flat(plain)) * flat(plain)
+    later = jax.grad(loss)(PARAMS, draw(2))
+    reused, _ = update(tx, PARAMS, draw(2), draw(3), state)
+    expected = flat(later) + 0.7 * np.linalg.norm(flat(later)) / np.linalg.norm(orthogonal) * orthogonal
+    np.testing.assert_allclose(flat(reused), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gsam_takes_off_the_part_of_the_plain_gradient_that_is_orthogonal_to_the_perturbed_one():
+    plain, perturbed = flat(jax.grad(loss)(PARAMS, draw(0))), flat(by_hand(PARAMS, draw(0), draw(0), 0.3))
+    orthogonal = plain - plain @ perturbed / (perturbed @ perturbed) * perturbed
+    updates, _ = update(sam(0.3, gsam=0.4), PARAMS, draw(0), draw(0))
+    np.testing.assert_allclose(flat(updates), perturbed - 0.4 * orthogonal, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [{}, {"active": lambda count: count < 1, "reuse": 0.5, "gsam": 0.1, "adaptive": "filter"}])
+def test_loss_of_the_descent_batch_is_kept_without_another_evaluation(parts):
+    tx = optax.chain(sam(0.3, aux={"loss": 0.0}, **parts), optax.sgd(0.1))
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params, draw(0))
+
+        def grad_fn(params):
+            value, grads = jax.value_and_grad(loss)(params, draw(1))
+            return grads, {"loss": value}
+
+        updates, state = tx.update(grads, state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state, value
+
+    params, state, _ = step(PARAMS, tx.init(PARAMS))
+    grads = jax.grad(loss)(PARAMS, draw(0))
+    direction = perturbation(grads, rho=0.3, **{k: v for k, v in parts.items() if k == "adaptive"})
+    expected = loss(jax.tree.map(jnp.add, PARAMS, direction), draw(1))
+    assert float(optax.tree.get(state, "aux")["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    step(params, state)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"adaptive": "layer"}, "adaptive must be None or one of element, filter; got 'layer'"),
+        ({"reuse": -1.0, "active": lambda count: count > 0}, "reuse must be a finite number >= 0"),
+        ({"gsam": float("nan")}, "gsam must be a finite number >= 0"),
+        ({"reuse": 0.5}, "reuse needs active"),
+    ],
+)
+def test_impossible_part_is_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        sam(0.1, **parts)
+
+
+def test_zero_gradient_is_finite_with_every_part():
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    tx = sam(0.3, adaptive="element", gsam=0.5, active=lambda count: count < 1, reuse=1.0)
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        updates, state = tx.update(zero, state, PARAMS, grad_fn=lambda p: zero)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
