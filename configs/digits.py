@@ -44,6 +44,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.sam = ml_collections.ConfigDict()
     config.sam.rho = 0.3  # Radius of the perturbation; 0: no SAM, half the gradients.
     config.sam.perturbation = "independent"  # Batch of the perturbation: independent of the descent batch, or the same.
+    config.sam.perturbation_batch_size = 0  # Of an independent batch; 0: as batch_size. A smaller one costs less.
+    config.sam.adaptive = "none"  # ASAM: element, filter (radius relative to the weights); none.
+    config.sam.every_steps = 1  # Every how many steps weights are perturbed; the others cost one gradient.
+    config.sam.start = 0.0  # Share of the steps, from 0 to 1, after which perturbing begins.
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adam"  # adam, adamw, or sgd (momentum 0.9).
@@ -51,7 +55,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.schedule = "cosine"  # cosine: down to 0 at the end; constant.
     config.optimizer.weight_decay = 0.0  # Of adamw.
 
-    config.batch_size = 32  # Of the descent batch and of the perturbation batch.
+    config.batch_size = 32  # Of the descent batch.
     config.num_epochs = 10  # Passes over the training part by the descent batches.
     config.evaluate_every_epochs = 5  # On the validation part, in both modes.
     config.checkpoint_every_epochs = 5  # The last two checkpoints are kept.

@@ -112,7 +112,7 @@ def format_table(runs: dict[str, dict[str, Any]]) -> str:
             f"{100 * result['hard_accuracy']:.1f} %",
             f"{100 * result['transfer_gap']:+.1f}",
             str(result["num_test"]),
-            str(result.get("num_gradient_evaluations", "-")),
+            f"{result['num_gradient_evaluations']:g}" if "num_gradient_evaluations" in result else "-",
             f"{result['wall_time_seconds']:.0f}" if "wall_time_seconds" in result else "-",
         ]
         for name, result in runs.items()

@@ -17,7 +17,7 @@ from sast_jax import data, networks
 from sast_jax.data import recorded
 from sast_jax.errors import UserError, refuse
 from sast_jax.neurons import RESETS
-from sast_jax.sam import sam
+from sast_jax.sam import ADAPTIVE, sam
 from sast_jax.spikes import FAMILIES
 
 NETWORKS: dict[str, type[networks.SpikingNetwork]] = {"conv": networks.SpikingConvNet, "mlp": networks.SpikingMLP}
@@ -83,6 +83,10 @@ SCHEMA: dict[str, Field] = {
     "mode": _choice("surrogate", "straight_through"),
     "sam.rho": _number(0),
     "sam.perturbation": _choice("independent", "same"),
+    "sam.perturbation_batch_size": _integer(0),
+    "sam.adaptive": _choice("none", *ADAPTIVE),
+    "sam.every_steps": _integer(1),
+    "sam.start": _number(0, 1),
     "optimizer.name": _choice(*OPTIMIZERS),
     "optimizer.learning_rate": _number(0, above=True),
     "optimizer.schedule": _choice(*SCHEDULES),
@@ -268,6 +272,11 @@ def _find_conflicts(config, with_data):
         problems.append(
             f"optimizer.weight_decay: only adamw has one; got {config.optimizer.weight_decay} with {config.optimizer.name!r}"
         )
+    if config.sam.perturbation == "same" and config.sam.perturbation_batch_size:
+        problems.append(
+            "sam.perturbation_batch_size: the same batch has the size of the descent batch, so it must be 0; got "
+            f"{config.sam.perturbation_batch_size}"
+        )
     if with_data and config.dataset.name == "nmnist" and not config.dataset.download:
         try:
             recorded.find_nmnist(config.dataset.root, download=False)
@@ -283,10 +292,15 @@ def load_data(config: ml_collections.ConfigDict) -> data.Splits:
         UserError: If it is missing, damaged, or smaller than a batch.
     """
     splits = data.load_dataset(**config.dataset)
-    if config.batch_size > len(splits.train.labels):
-        raise UserError(
-            f"batch_size: must be at most the number of training samples, {len(splits.train.labels)}; got {config.batch_size}"
-        )
+    num_train = len(splits.train.labels)
+    sizes = {"batch_size": config.batch_size, "sam.perturbation_batch_size": config.sam.perturbation_batch_size}
+    refuse(
+        [
+            f"{key}: must be at most the number of training samples, {num_train}; got {size}"
+            for key, size in sizes.items()
+            if size > num_train
+        ]
+    )
     return splits
 
 
@@ -307,4 +321,17 @@ def make_optimizer(config: ml_collections.ConfigDict, num_steps: int) -> optax.G
         "adamw": lambda: optax.adamw(learning_rate, weight_decay=optimizer.weight_decay),
         "sgd": lambda: optax.sgd(learning_rate, momentum=0.9),
     }[optimizer.name]()
-    return optax.chain(sam(config.sam.rho), base) if config.sam.rho > 0 else optax.with_extra_args_support(base)
+    if not config.sam.rho:
+        return optax.with_extra_args_support(base)
+    adaptive = None if config.sam.adaptive == "none" else config.sam.adaptive
+    always = config.sam.every_steps == 1 and not config.sam.start
+    active = None if always else sam_schedule(config, num_steps)
+    return optax.chain(sam(config.sam.rho, adaptive=adaptive, active=active), base)
+
+
+def sam_schedule(config: ml_collections.ConfigDict, num_steps: int) -> Callable[[Any], Any]:
+    """Returns the function from a step, counted from 0, to whether it perturbs; of an int or an array."""
+    first = math.ceil(config.sam.start * num_steps)
+    if not config.sam.rho:
+        return lambda step: False
+    return lambda step: (step >= first) & (step % config.sam.every_steps == 0)

@@ -155,6 +155,29 @@ def test_perturbation_batch_and_radius_change_what_is_learnt(tiny, tmp_path):
     assert min(np.abs(kernels[i] - kernels[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-4
 
 
+def test_cheaper_schedules_cost_what_they_say(tiny, tmp_path):
+    costs = {
+        (): 60,
+        ("sam.every_steps=3",): 30 + 10,
+        ("sam.start=0.5",): 30 + 15,
+        ("sam.perturbation_batch_size=5",): 30 + 15,
+        ("sam.every_steps=2", "sam.start=0.75", "sam.perturbation_batch_size=2"): 30 + 3 * 0.2,
+    }
+    for i, (overrides, cost) in enumerate(costs.items()):
+        results = train_and_evaluate(tiny("sast", *overrides), tmp_path / str(i))
+        assert results["num_gradient_evaluations"] == pytest.approx(cost), overrides
+
+
+@pytest.mark.parametrize("perturbation", ["same", "independent"])
+def test_until_its_start_a_run_is_the_baseline_bit_for_bit(tiny, tmp_path, perturbation):
+    train_and_evaluate(tiny("baseline"), tmp_path / "baseline")
+    train_and_evaluate(tiny("sast", "sam.start=1", f"sam.perturbation={perturbation}"), tmp_path / "never")
+    train_and_evaluate(tiny("sast", "sam.start=0.9", f"sam.perturbation={perturbation}"), tmp_path / "late")
+    baseline, never, late = (load_run(tmp_path / name).params for name in ("baseline", "never", "late"))
+    assert_trees_equal(baseline, never)
+    assert np.abs(late["readout"]["kernel"] - never["readout"]["kernel"]).max() > 0
+
+
 def test_checkpoint_holds_the_state_of_its_step_though_the_step_after_it_takes_the_buffers(tmp_path):
     network = SpikingMLP(3, features=(4000,))
     tx = optax.sgd(0.5)
@@ -187,7 +210,7 @@ def test_results_hold_what_is_promised(tiny, tmp_path):
     assert results["num_gradient_evaluations"] == 2 * 2 * 3
     assert results["transfer_gap"] == pytest.approx(results["surrogate_accuracy"] - results["hard_accuracy"])
     assert results["wall_time_seconds"] > 0
-    assert results["config"]["sam"] == {"rho": config.sam.rho, "perturbation": "independent"}
+    assert results["config"]["sam"] == config.sam.to_dict()
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [3, 6]
     assert {"loss", "accuracy", "gradient_norm", "spike_rate_0"} <= lines[0].keys()

@@ -67,7 +67,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     state = init_state(network, tx, take_batch(splits.train, np.arange(1)).frames, seed=config.seed)
     train_step = make_train_step(network, tx, config.mode)
     eval_step = make_eval_step(network)
-    has_perturbation_batch = config.sam.rho > 0 and config.sam.perturbation == "independent"
+    perturbs = config_lib.sam_schedule(config, num_steps)
+    is_independent = config.sam.perturbation == "independent"
+    perturbation_batch_size = config.sam.perturbation_batch_size or config.batch_size
 
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore(state)
@@ -79,8 +81,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     def seconds():
         return seconds_before + time.monotonic() - start
 
-    def draw(stream, step):
-        return take_batch(splits.train, batch_indices(num_train, config.batch_size, seed=config.seed, stream=stream, step=step))
+    def draw(stream, step, size):
+        return take_batch(splits.train, batch_indices(num_train, size, seed=config.seed, stream=stream, step=step))
 
     progress = Progress(title, step=first_step, num_steps=num_steps)
     pending: list[dict[str, jax.Array]] = []
@@ -89,8 +91,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     try:
         with StopRequest() as stop:
             for step in range(first_step + 1, num_steps + 1):
-                perturbation_batch = draw(PERTURBATION, step - 1) if has_perturbation_batch else None
-                state, metrics = train_step(state, draw(DESCENT, step - 1), perturbation_batch)
+                is_drawn = is_independent and perturbs(step - 1)
+                perturbation_batch = draw(PERTURBATION, step - 1, perturbation_batch_size) if is_drawn else None
+                state, metrics = train_step(state, draw(DESCENT, step - 1, config.batch_size), perturbation_batch)
                 pending.append(metrics)
                 progress.advance()
                 epoch, position = divmod(step, steps_per_epoch)
@@ -121,6 +124,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     transfer = evaluate_transfer(eval_step, state.params, splits.test, EVALUATION_BATCH_SIZE)
     _refuse_non_finite([transfer], num_steps, workdir)
     epoch_seconds = [line["seconds"] for line in read_metrics(workdir) if line["num_steps"] == steps_per_epoch]
+    num_perturbed = sum(map(bool, map(perturbs, range(num_steps))))
     results = {
         **transfer,
         "num_test": data["num_test"],
@@ -129,7 +133,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
         "validation": evaluate_transfer(eval_step, state.params, splits.validation, EVALUATION_BATCH_SIZE)
         if len(splits.validation.labels)
         else None,
-        "num_gradient_evaluations": num_steps * (2 if config.sam.rho > 0 else 1),
+        "num_gradient_evaluations": num_steps + num_perturbed * perturbation_batch_size / config.batch_size,
         "wall_time_seconds": seconds(),
         "median_epoch_seconds": float(np.median(epoch_seconds)) if epoch_seconds else None,
         "environment": environment(),
