@@ -59,6 +59,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.0  # Of adamw.
 
     config.batch_size = 32  # Of the descent batch.
+    config.num_microbatches = 1  # Parts in which a batch is taken when it does not fit in memory at once.
     config.num_epochs = 40  # Passes over the training part by the descent batches.
     config.evaluate_every_epochs = 5  # On the validation part, in both modes.
     config.checkpoint_every_epochs = 5  # The last two checkpoints are kept.

@@ -1,5 +1,6 @@
 """Sharpness-Aware Surrogate Training of spiking neural networks."""
 
+from sast_jax.accumulation import accumulate
 from sast_jax.networks import NetworkOutput, SpikingConvNet, SpikingMLP
 from sast_jax.neurons import LIFState, leaky_readout, lif, lif_init, lif_step, rate_readout
 from sast_jax.sam import SamState, sam
@@ -17,6 +18,7 @@ __all__ = [
     "SpikingConvNet",
     "SpikingMLP",
     "SurrogateFamily",
+    "accumulate",
     "leaky_readout",
     "lif",
     "lif_init",

@@ -92,6 +92,7 @@ SCHEMA: dict[str, Field] = {
     "optimizer.schedule": _choice(*SCHEDULES),
     "optimizer.weight_decay": _number(0),
     "batch_size": _integer(1),
+    "num_microbatches": _integer(1),
     "num_epochs": _integer(1),
     "evaluate_every_epochs": _integer(1),
     "checkpoint_every_epochs": _integer(1),
@@ -254,7 +255,7 @@ def find_problems(config: ml_collections.ConfigDict, *, with_data: bool = True) 
             problems.append(f"{key}: is missing; it must be {field.allowed}")
         elif not _fits(field, flat[key]):
             problems.append(f"{key}: must be {field.allowed}; got {flat[key]!r}")
-    return problems or _find_conflicts(config, with_data)
+    return problems or _find_conflicts(config, flat, with_data)
 
 
 def _fits(field: Field, value: Any) -> bool:
@@ -262,7 +263,7 @@ def _fits(field: Field, value: Any) -> bool:
     return type(value) in types and bool(field.is_allowed(value))
 
 
-def _find_conflicts(config, with_data):
+def _find_conflicts(config, flat, with_data):
     problems = []
     if config.network.kind == "conv" and not config.network.features:
         problems.append("network.features: a conv network needs at least one convolution; got none")
@@ -272,6 +273,9 @@ def _find_conflicts(config, with_data):
         problems.append(
             f"optimizer.weight_decay: only adamw has one; got {config.optimizer.weight_decay} with {config.optimizer.name!r}"
         )
+    for key in ("batch_size", "sam.perturbation_batch_size"):
+        if flat[key] % config.num_microbatches:
+            problems.append(f"{key}: must be a multiple of num_microbatches, {config.num_microbatches}; got {flat[key]}")
     if config.sam.perturbation == "same" and config.sam.perturbation_batch_size:
         problems.append(
             "sam.perturbation_batch_size: the same batch has the size of the descent batch, so it must be 0; got "

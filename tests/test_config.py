@@ -99,6 +99,8 @@ def test_all_problems_are_told_at_once_with_what_is_allowed():
         (["network.features=()"], "a conv network needs at least one convolution"),
         (["dataset.num_test=0"], "digits needs at least 1 test sample"),
         (["optimizer.weight_decay=0.1"], "only adamw has one"),
+        (["num_microbatches=3"], "batch_size: must be a multiple of num_microbatches, 3; got 32"),
+        (["sam.perturbation=same", "sam.perturbation_batch_size=8"], "it must be 0; got 8"),
         (["dataset.name=nmnist", "dataset.root=/nowhere"], "'/nowhere' does not exist"),
     ],
 )

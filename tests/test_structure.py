@@ -11,7 +11,7 @@ import sast_jax
 PACKAGE = Path("sast_jax")
 
 LAYERS = [
-    {"allocator", "errors", "files"},
+    {"accumulation", "allocator", "errors", "files"},
     {"spikes", "sam", "data.events"},
     {"neurons", "data.cache", "data.simulated"},
     {"data.recorded", "data.batches", "networks"},

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sast_jax.data import recorded, simulated
-from sast_jax.data.batches import DESCENT, PERTURBATION, Batch, batch_indices, evaluation_batches, take_batch
+from sast_jax.data.batches import DESCENT, PERTURBATION, SAMPLE_AXES, Batch, batch_indices, evaluation_batches, take_batch
 from sast_jax.data.cache import Recordings, load_or_build
 from sast_jax.data.events import bin_events
 from sast_jax.errors import UserError
@@ -14,6 +14,7 @@ __all__ = [
     "DATASETS",
     "DESCENT",
     "PERTURBATION",
+    "SAMPLE_AXES",
     "Batch",
     "Recordings",
     "Splits",

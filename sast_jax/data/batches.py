@@ -29,6 +29,10 @@ class Batch(NamedTuple):
     mask: np.ndarray
 
 
+SAMPLE_AXES = Batch(frames=1, labels=0, mask=0)  # type: ignore[arg-type]
+"""Which axis of each array of a batch counts its samples."""
+
+
 def batch_indices(num_samples: int, batch_size: int, *, seed: int, stream: int, step: int) -> np.ndarray:
     """Returns the samples of a training batch.
 

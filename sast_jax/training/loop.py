@@ -65,7 +65,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     network = config_lib.make_network(config, splits.num_classes)
     tx = config_lib.make_optimizer(config, num_steps)
     state = init_state(network, tx, take_batch(splits.train, np.arange(1)).frames, seed=config.seed)
-    train_step = make_train_step(network, tx, config.mode)
+    train_step = make_train_step(network, tx, config.mode, num_microbatches=config.num_microbatches)
     eval_step = make_eval_step(network)
     perturbs = config_lib.sam_schedule(config, num_steps)
     is_independent = config.sam.perturbation == "independent"

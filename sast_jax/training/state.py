@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sast_jax.data import Batch
+from sast_jax.accumulation import accumulate
+from sast_jax.data import SAMPLE_AXES, Batch
 from sast_jax.spikes import Mode
 
 Metrics = dict[str, jax.Array]
@@ -50,7 +51,7 @@ def init_state(network: nn.Module, tx: optax.GradientTransformation, frames: jax
 
 
 def make_train_step(
-    network: nn.Module, tx: optax.GradientTransformation, mode: Mode
+    network: nn.Module, tx: optax.GradientTransformation, mode: Mode, *, num_microbatches: int = 1
 ) -> Callable[[TrainState, Batch, Batch | None], tuple[TrainState, Metrics]]:
     r"""Returns the jitted training step `(state, descent_batch, perturbation_batch=None) -> (state, metrics)`.
 
@@ -63,6 +64,7 @@ def make_train_step(
         network: A module applied as `network.apply({"params": params}, frames, mode)`.
         tx: Optimizer, with or without `sam` before it.
         mode: Mode of the forward pass.
+        num_microbatches: Parts in which each gradient is accumulated, for less memory; it divides the batch sizes.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -72,7 +74,7 @@ def make_train_step(
         metrics = {"loss": loss, "accuracy": jnp.mean(output.logits.argmax(-1) == batch.labels)}
         return loss, metrics | {f"spike_rate_{i}": jnp.mean(spikes) for i, spikes in enumerate(output.spikes)}
 
-    gradient = jax.grad(loss_fn, has_aux=True)
+    gradient = accumulate(jax.grad(loss_fn, has_aux=True), num_microbatches, axes=SAMPLE_AXES)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, descent_batch, perturbation_batch=None):
