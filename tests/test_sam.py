@@ -98,22 +98,6 @@ def test_radius_follows_its_schedule():
         assert_trees_close(updates, by_hand(PARAMS, draw(0), draw(1), step / 4), rtol=1e-4)
 
 
-def test_agrees_with_optax_contrib_on_the_same_batch():
-    batch = draw(0)
-    reference = optax.contrib.sam(
-        optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.3)), sync_period=2, opaque_mode=True
-    )
-    ours = optax.chain(sam(0.3), optax.sgd(0.1))
-    a, b = PARAMS, PARAMS
-    state_a, state_b = reference.init(a), ours.init(b)
-    for _ in range(5):
-        updates, state_a = reference.update(jax.grad(loss)(a, batch), state_a, a, grad_fn=lambda p, _: jax.grad(loss)(p, batch))
-        a = optax.apply_updates(a, updates)
-        updates, state_b = update(ours, b, batch, batch, state_b)
-        b = optax.apply_updates(b, updates)
-    assert_trees_close(a, b, rtol=1e-5)
-
-
 def test_dtype_is_kept_and_the_second_call_does_not_compile():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     tx = optax.chain(sam(0.3), optax.adam(0.1))
