@@ -38,6 +38,22 @@ def numbers(text):
     return tuple(json.loads(f"[{text}]"))
 
 
+def make_parser(description):
+    """The arguments that all tables of runs share; `--config.section.key=value` may follow."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--config", required=True, help="config file with the variants baseline, sast and straight_through")
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--seeds", type=numbers, default=(0, 1, 2, 3, 4))
+    return parser
+
+
+def parse(parser):
+    """Returns the arguments and the overrides of the config."""
+    keep_freed_memory()
+    args, rest = parser.parse_known_args()
+    return args, [text.removeprefix("--config.") for text in rest]
+
+
 def train(args, overrides, variant, seed, **fields):
     """Trains a variant, or finds it trained, and returns its results."""
     fields = {"seed": seed, **fields}
@@ -45,6 +61,20 @@ def train(args, overrides, variant, seed, **fields):
     own = [f"{key}={value}" for key, value in fields.items()]
     (config,) = load_configs(f"{args.config}:{variant}", [*overrides, *own]).values()
     return train_and_evaluate(config, args.workdir / name, title=name)
+
+
+def describe(args, overrides, runs):
+    """What any table of runs by method needs to be understood and made again."""
+    one = runs["sast"][0]
+    return {
+        "name": Path(args.config).stem,
+        "overrides": [text for text in overrides if not text.startswith("dataset.root")],
+        "seeds": args.seeds,
+        "data": {key: one[key] for key in ("num_train", "num_validation", "num_test")},
+        "environment": one["environment"],
+        "methods": {method: summary(each) for method, each in runs.items()},
+        "config": {**one["config"], "dataset": {**one["config"]["dataset"], "root": ""}},
+    }
 
 
 def select_rho(args, overrides):
@@ -76,36 +106,48 @@ def summary(runs):
     }
 
 
-def markdown(results):
-    """The results as the table of the README."""
+def table(methods, titles, time):
+    """Rows of results by method, costs relative to the baseline; `time` is the key and the heading of what is timed."""
 
     def cell(row, key):
         error = row[key]["standard_error"]
         seeds = ", ".join(f"{value:.1f}" for value in row[key]["values"])
         return f"{row[key]['mean']:.1f}{'' if error is None else f' ± {error:.1f}'} <br><sub>{seeds}</sub>"
 
+    key, heading = time
     lines = [
-        "| training | surrogate accuracy, % | hard-spike accuracy, % | transfer gap, points | gradients | epoch time |",
+        f"| training | surrogate accuracy, % | hard-spike accuracy, % | transfer gap, points | gradients | {heading} |",
         "|---|---|---|---|---|---|",
     ]
-    baseline = results["methods"]["baseline"]
-    for name, row in results["methods"].items():
-        title = METHODS[name] + (f", rho {results['rho']:g}" if name == "sast" else "")
+    baseline = methods["baseline"]
+    for name, row in methods.items():
         gradients = row["gradient_evaluations"]["mean"] / baseline["gradient_evaluations"]["mean"]
-        ratio = np.median(np.divide(row["epoch_seconds"]["values"], baseline["epoch_seconds"]["values"]))
-        cells = [cell(row, key) for key in ("surrogate", "hard", "gap")]
-        lines.append(f"| {title} | {' | '.join(cells)} | {gradients:.0f}x | {ratio:.2f}x |")
-    data = results["data"]
-    seeds = ", ".join(map(str, results["seeds"]))
-    lines += [
-        "",
-        f"Mean ± standard error over seeds {seeds}, listed below it; {data['num_train']} training, {data['num_validation']} "
-        f"validation and {data['num_test']} test recordings. Radius chosen on the validation part with seeds "
-        f"{', '.join(map(str, results['selection_seeds']))} from {', '.join(f'{float(r):g}' for r in results['selection'])}. "
-        f"A baseline run: {baseline['seconds']['mean']:.0f} s on two {results['environment']['device'].upper()} cores; epoch "
-        f"time is the median ratio to the baseline of the same seed. {PAPER.get(results['name'], '')}".rstrip(),
-    ]
+        ratio = np.median(np.divide(row[key]["values"], baseline[key]["values"]))
+        cells = " | ".join(cell(row, each) for each in ("surrogate", "hard", "gap"))
+        lines.append(f"| {titles[name]} | {cells} | {gradients:.3g}x | {ratio:.2f}x |")
     return "\n".join(lines) + "\n"
+
+
+def caption(results):
+    """What the numbers of a table are."""
+    data, environment = results["data"], results["environment"]
+    seeds, seconds = ", ".join(map(str, results["seeds"])), results["methods"]["baseline"]["seconds"]["mean"]
+    return (
+        f"Mean ± standard error over seeds {seeds}, listed below it; {data['num_train']} training, {data['num_validation']} "
+        f"validation and {data['num_test']} test recordings. A baseline run: {seconds:.0f} s on {environment['num_cores']} {environment['device'].upper()} "
+        "cores; times are median ratios to the baseline of the same seed."
+    )
+
+
+def markdown(results):
+    """The results as the table of the README."""
+    titles = METHODS | {"sast": f"{METHODS['sast']}, rho {results['rho']:g}"}
+    radius = (
+        f"Radius chosen on the validation part with seeds {', '.join(map(str, results['selection_seeds']))} from "
+        f"{', '.join(f'{float(rho):g}' for rho in results['selection'])}."
+    )
+    text = " ".join(filter(None, [caption(results), radius, PAPER.get(results["name"])]))
+    return table(results["methods"], titles, ("epoch_seconds", "epoch time")) + f"\n{text}\n"
 
 
 def draw(results, path):
@@ -142,15 +184,10 @@ def draw(results, path):
 
 def main():
     """Selects, trains, and writes the table and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="config file with the variants baseline, sast and straight_through")
-    parser.add_argument("--workdir", required=True, type=Path)
+    parser = make_parser(__doc__)
     parser.add_argument("--rhos", type=numbers, default=(0.05, 0.1, 0.2, 0.3, 0.4))
     parser.add_argument("--selection-seeds", type=numbers, default=(100, 101))
-    parser.add_argument("--seeds", type=numbers, default=(0, 1, 2, 3, 4))
-    args, rest = parser.parse_known_args()
-    keep_freed_memory()
-    overrides = [text.removeprefix("--config.") for text in rest]
+    args, overrides = parse(parser)
 
     selection, rho = select_rho(args, overrides)
     runs = {}
@@ -158,18 +195,11 @@ def main():
         for method in METHODS:
             fields = {"sam.rho": rho} if method == "sast" else {}
             runs.setdefault(method, []).append(train(args, overrides, method, seed, **fields))
-    one = runs["sast"][0]
     results = {
-        "name": Path(args.config).stem,
-        "overrides": [text for text in overrides if not text.startswith("dataset.root")],
         "selection": selection,
         "selection_seeds": args.selection_seeds,
         "rho": rho,
-        "seeds": args.seeds,
-        "data": {key: one[key] for key in ("num_train", "num_validation", "num_test")},
-        "environment": one["environment"],
-        "methods": {method: summary(each) for method, each in runs.items()},
-        "config": {**one["config"], "dataset": {**one["config"]["dataset"], "root": ""}},
+        **describe(args, overrides, runs),
     }
     name = f"transfer_gap_{results['name']}"
     publish(name, results, markdown(results))

@@ -28,8 +28,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.network = ml_collections.ConfigDict()
     config.network.kind = "conv"  # conv: convolution - spikes - pooling, repeated; mlp: dense layers.
-    config.network.features = (12, 32)  # Channels of each convolution, or neurons of each dense layer.
-    config.network.kernel_size = 5  # Height and width of the kernels (conv).
+    config.network.features = (8, 16)  # Channels of each convolution, or neurons of each dense layer.
+    config.network.kernel_size = 3  # Height and width of the kernels (conv).
     config.network.pool_size = 2  # Height, width and stride of the average pooling (conv).
     config.network.decay = 0.9  # Share of the potential kept per step.
     config.network.threshold = 1.0  # Potential above which a neuron spikes.
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.mode = "surrogate"  # Forward pass of training: smooth spikes, or straight_through (hard, smooth derivative).
     config.sam = ml_collections.ConfigDict()
-    config.sam.rho = 0.3  # Radius of the perturbation; 0: no SAM, half the gradients.
+    config.sam.rho = 0.4  # Radius of the perturbation; 0: no SAM, half the gradients.
     config.sam.perturbation = "independent"  # Batch of the perturbation: independent of the descent batch, or the same.
     config.sam.perturbation_batch_size = 0  # Of an independent batch; 0: as batch_size. A smaller one costs less.
     config.sam.adaptive = "none"  # ASAM: element, filter (radius relative to the weights); none.
@@ -57,9 +57,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.batch_size = 32  # Of the descent batch.
     config.num_microbatches = 1  # Parts in which a batch is taken when it does not fit in memory at once.
-    config.num_epochs = 10  # Passes over the training part by the descent batches.
-    config.evaluate_every_epochs = 5  # On the validation part, in both modes.
-    config.checkpoint_every_epochs = 5  # The last two checkpoints are kept.
+    config.num_epochs = 12  # Passes over the training part by the descent batches.
+    config.evaluate_every_epochs = 4  # On the validation part, in both modes.
+    config.checkpoint_every_epochs = 4  # The last two checkpoints are kept.
     config.seed = 0  # Of the weights and of the batches.
 
     if variant in ("baseline", "straight_through"):

@@ -92,7 +92,7 @@ def _evaluate(args, overrides):
         refuse([f"{text}: evaluate takes only dataset.root and dataset.download from the command line" for text in elsewhere])
         refuse(config_lib.apply_overrides(config, overrides) + config_lib.find_problems(config))
         splits = config_lib.load_data(config)
-        register(workdir, config, {"checksum": splits.train.checksum()})
+        register(workdir, config, splits.describe())
         transfer = evaluate_transfer(make_eval_step(run.network), run.params, splits.test, EVALUATION_BATCH_SIZE)
         results[name or args.workdir.name] = {**transfer, "num_test": len(splits.test.labels)}
         write_json(workdir / "evaluation.json", {"transfer": results[name or args.workdir.name]})

@@ -255,11 +255,12 @@ def test_folder_of_another_config_is_refused_with_the_fields_that_differ(tiny, t
     assert "seed" not in str(error.value)
 
 
-def test_other_recordings_than_the_run_began_with_are_refused(tiny, tmp_path, small_nmnist, monkeypatch):
+@pytest.mark.parametrize("part", ["Train", "Test"])
+def test_other_recordings_than_the_run_began_with_are_refused(tiny, tmp_path, small_nmnist, monkeypatch, part):
     monkeypatch.setattr(Progress, "advance", lambda self: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted):
         train_and_evaluate(tiny(), tmp_path)
-    (small_nmnist / "Train" / "0" / "00000.bin").unlink()
+    (small_nmnist / part / "0" / "00000.bin").unlink()
     with pytest.raises(UserError, match="was begun with other recordings"):
         train_and_evaluate(tiny(), tmp_path)
 

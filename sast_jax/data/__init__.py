@@ -1,6 +1,7 @@
 """Event data sets as binned, split and cached arrays."""
 
-from typing import NamedTuple
+import hashlib
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,16 @@ class Splits(NamedTuple):
     validation: Recordings
     test: Recordings
     num_classes: int
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the sizes of the parts and a checksum over all of them, as JSON values."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        checksums = "".join(part.checksum() for part in parts.values())
+        return {
+            **{f"num_{name}": len(part.labels) for name, part in parts.items()},
+            "num_classes": self.num_classes,
+            "checksum": hashlib.sha256(checksums.encode()).hexdigest(),
+        }
 
 
 def load_dataset(

@@ -50,17 +50,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     if results is not None:
         return results
     splits = config_lib.load_data(config)
-    num_train = len(splits.train.labels)
+    data = splits.describe()
+    register(workdir, config, data)
+    num_train = data["num_train"]
     steps_per_epoch = num_train // config.batch_size
     num_steps = config.num_epochs * steps_per_epoch
-    data = {
-        "checksum": splits.train.checksum(),
-        "num_train": num_train,
-        "num_validation": len(splits.validation.labels),
-        "num_test": len(splits.test.labels),
-        "num_classes": splits.num_classes,
-    }
-    register(workdir, config, data)
 
     network = config_lib.make_network(config, splits.num_classes)
     tx = config_lib.make_optimizer(config, num_steps)
@@ -127,9 +121,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     num_perturbed = sum(map(bool, map(perturbs, range(num_steps))))
     results = {
         **transfer,
-        "num_test": data["num_test"],
-        "num_validation": data["num_validation"],
-        "num_train": num_train,
+        **{key: data[key] for key in ("num_train", "num_validation", "num_test")},
         "validation": evaluate_transfer(eval_step, state.params, splits.validation, EVALUATION_BATCH_SIZE)
         if len(splits.validation.labels)
         else None,

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,10 +68,12 @@ class Checkpoints:
         self._manager.close()
 
 
-def environment() -> dict[str, str]:
-    """Returns the versions and the device that a result was made with."""
+def environment() -> dict[str, Any]:
+    """Returns the versions, the device and the number of CPU cores that a result was made with."""
     packages = ("sast_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"device": jax.devices()[0].device_kind} | {name: importlib.metadata.version(name) for name in packages}
+    return {"device": jax.devices()[0].device_kind, "num_cores": os.cpu_count()} | {
+        name: importlib.metadata.version(name) for name in packages
+    }
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
