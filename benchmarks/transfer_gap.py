@@ -132,10 +132,11 @@ def caption(results):
     """What the numbers of a table are."""
     data, environment = results["data"], results["environment"]
     seeds, seconds = ", ".join(map(str, results["seeds"])), results["methods"]["baseline"]["seconds"]["mean"]
+    machine = f"{environment['num_cores']} {environment['device'].upper()} cores"
     return (
         f"Mean ± standard error over seeds {seeds}, listed below it; {data['num_train']} training, {data['num_validation']} "
-        f"validation and {data['num_test']} test recordings. A baseline run: {seconds:.0f} s on {environment['num_cores']} {environment['device'].upper()} "
-        "cores; times are median ratios to the baseline of the same seed."
+        f"validation and {data['num_test']} test recordings. A baseline run: {seconds:.0f} s on {machine}; times are median ratios "
+        "to the baseline of the same seed."
     )
 
 
