@@ -135,8 +135,8 @@ def caption(results):
     machine = f"{environment['num_cores']} {environment['device'].upper()} cores"
     return (
         f"Mean ± standard error over seeds {seeds}, listed below it; {data['num_train']} training, {data['num_validation']} "
-        f"validation and {data['num_test']} test recordings. A baseline run: {seconds:.0f} s on {machine}; times are median ratios "
-        "to the baseline of the same seed."
+        f"validation and {data['num_test']} test recordings. A baseline run: {seconds:.0f} s on {machine}; times are median "
+        "ratios to the baseline of the same seed."
     )
 
 
@@ -170,7 +170,7 @@ def draw(results, path):
             axes.annotate(
                 f"{values.mean():.1f}", (i + 1.85 * offset, values.mean()), ha=side, va="center", fontsize=9, color=colors[mode]
             )
-    axes.plot([], [], color=colors["surrogate"], linewidth=3, label="smooth spikes, as trained or its stand-in")
+    axes.plot([], [], color=colors["surrogate"], linewidth=3, label="smooth spikes")
     axes.plot([], [], color=colors["hard"], linewidth=3, label="hard spikes, as deployed")
     titles = ["surrogate-forward", f"SAST, rho {results['rho']:g}", "straight-through"]
     axes.set_xticks(range(len(titles)), titles)
@@ -179,7 +179,7 @@ def draw(results, path):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e9ecef")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     figure.savefig(path, dpi=160)
 
 

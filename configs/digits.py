@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.mode = "surrogate"  # Forward pass of training: smooth spikes, or straight_through (hard, smooth derivative).
     config.sam = ml_collections.ConfigDict()
-    config.sam.rho = 0.4  # Radius of the perturbation; 0: no SAM, half the gradients.
+    config.sam.rho = 0.2  # Radius of the perturbation; 0: no SAM, half the gradients.
     config.sam.perturbation = "independent"  # Batch of the perturbation: independent of the descent batch, or the same.
     config.sam.perturbation_batch_size = 0  # Of an independent batch; 0: as batch_size. A smaller one costs less.
     config.sam.adaptive = "none"  # ASAM: element, filter (radius relative to the weights); none.
