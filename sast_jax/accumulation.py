@@ -38,6 +38,7 @@ def accumulate(grad_fn: Callable[..., Any], num_microbatches: int, *, axes: Any 
         return grad_fn
 
     def parts(axis, leaf):
+        axis %= leaf.ndim
         num_samples = leaf.shape[axis]
         if num_samples % num_microbatches:
             raise ValueError(f"num_microbatches must divide the number of samples, {num_samples}; got {num_microbatches}")

@@ -9,8 +9,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> bool:
     """Lets this process keep freed memory instead of returning it to the system.
 
-    By default glibc gives every large buffer back when it is freed; the next train step then faults it in again, page by
-    page, which takes a fifth of a small network's step on a CPU. The process keeps its peak memory until it ends.
+    By default glibc gives every large buffer back when it is freed, and the next train step faults it in again, page by
+    page. The process keeps its peak memory until it ends.
 
     Returns:
         Whether the C library took the settings; it must be glibc. Elsewhere nothing changes.

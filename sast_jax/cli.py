@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sast_jax import config as config_lib
 from sast_jax.allocator import keep_freed_memory
+from sast_jax.errors import UserError, refuse
+from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
+from sast_jax.files import write_json
+from sast_jax.training import train_variants
+from sast_jax.training.interruption import Interrupted
+from sast_jax.training.loop import EVALUATION_BATCH_SIZE, refuse_non_finite
+from sast_jax.training.run import RESULTS, load_run, read_json, register, run_members
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -18,13 +26,9 @@ _CONFIG_FLAG = "--config."
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 130 interrupted."""
     args, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
-    # Imported here, so that help and mistakes in the command itself are answered at once.
-    from sast_jax.errors import UserError
-    from sast_jax.training.interruption import Interrupted
-
     try:
         _COMMANDS[args.command](args, overrides)
-    except UserError as error:
+    except (UserError, OSError) as error:  # The system's own errors name the file: no space, no permission, no such place.
         print(f"sast-jax: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as error:
@@ -67,22 +71,14 @@ def _split_overrides(argv):
 
 
 def _train(args, overrides):
-    from sast_jax.config import load_configs
-    from sast_jax.training import train_variants
-
-    results = train_variants(load_configs(args.config, overrides), args.workdir)
-    print(format_table(results.get("runs", {args.workdir.name: results})))
-    print(f"\nResults: {args.workdir / 'results.json'}")
+    is_finished = read_json(args.workdir / RESULTS) is not None  # Then its recordings may be gone.
+    configs = config_lib.load_configs(args.config, overrides, with_data=not is_finished)
+    results = train_variants(configs, args.workdir)
+    print(format_table(results.get("runs", {args.workdir.resolve().name: results})))
+    print(f"\nResults: {args.workdir / RESULTS}")
 
 
 def _evaluate(args, overrides):
-    from sast_jax import config as config_lib
-    from sast_jax.errors import refuse
-    from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
-    from sast_jax.files import write_json
-    from sast_jax.training.loop import EVALUATION_BATCH_SIZE
-    from sast_jax.training.run import load_run, register, run_members
-
     results: dict[str, Any] = {}
     for name in run_members(args.workdir) or [""]:
         workdir = args.workdir / name
@@ -94,8 +90,9 @@ def _evaluate(args, overrides):
         splits = config_lib.load_data(config)
         register(workdir, config, splits.describe())
         transfer = evaluate_transfer(make_eval_step(run.network), run.params, splits.test, EVALUATION_BATCH_SIZE)
-        results[name or args.workdir.name] = {**transfer, "num_test": len(splits.test.labels)}
-        write_json(workdir / "evaluation.json", {"transfer": results[name or args.workdir.name]})
+        refuse_non_finite([transfer], run.step, workdir)
+        results[name or workdir.resolve().name] = {**transfer, "num_test": len(splits.test.labels)}
+        write_json(workdir / "evaluation.json", {"transfer": results[name or workdir.resolve().name]})
     print(format_table(results))
 
 

@@ -53,9 +53,11 @@ def _choice(*names: str) -> Field:
     return Field(str, lambda v: v in names, f"one of {', '.join(names)}")
 
 
+MAX_SIZE = 65_536
+
 _FLAG = Field(bool, lambda v: True, "true or false")
 _TEXT = Field(str, lambda v: True, "text")
-_SIZES = Field(tuple, lambda v: all(type(n) is int and n >= 1 for n in v), "integers >= 1, as 12,32")
+_SIZES = Field(tuple, lambda v: all(type(n) is int and 1 <= n <= MAX_SIZE for n in v), "integers from 1 to 65536, as 12,32")
 
 MAX_SEED = 2**32 - 1
 
@@ -103,7 +105,7 @@ SCHEMA: dict[str, Field] = {
 _VARIANTS = "variants"
 
 
-def load_configs(spec: str, overrides: Sequence[str] = ()) -> dict[str, ml_collections.ConfigDict]:
+def load_configs(spec: str, overrides: Sequence[str] = (), *, with_data: bool = True) -> dict[str, ml_collections.ConfigDict]:
     """Loads a config file, applies overrides and checks the result.
 
     A file defines `get_config(variant="")`. If the config has a field `variants`, it stands for these variants together
@@ -113,6 +115,7 @@ def load_configs(spec: str, overrides: Sequence[str] = ()) -> dict[str, ml_colle
     Args:
         spec: `FILE` or `FILE:variant`.
         overrides: `section.key=value`, later ones win.
+        with_data: Whether to look if the data folder is there.
 
     Returns:
         Locked configs by the name of the variant; the name is empty for a single config.
@@ -127,7 +130,7 @@ def load_configs(spec: str, overrides: Sequence[str] = ()) -> dict[str, ml_colle
     for name in variants:
         config = _call(get_config, name, path)[0] if name else base
         own = frozenset(key for key, value in flatten(config).items() if name and flatten(base).get(key) != value)
-        found = apply_overrides(config, overrides, keep=own) + find_problems(config)
+        found = apply_overrides(config, overrides, keep=own) + find_problems(config, with_data=with_data)
         problems += [problem for problem in found if problem not in problems]
         configs[name] = config.lock()
     refuse(problems, f"{spec}: {len(problems)} problem{'s' * (len(problems) > 1)} in the config")
@@ -154,6 +157,8 @@ def _call(get_config, variant: str, path: str) -> tuple[ml_collections.ConfigDic
     """Returns a config without its field `variants`, and that field."""
     try:
         config = get_config(variant)
+        if isinstance(config, ml_collections.ConfigDict):
+            flatten(config)  # Reads every field: a placeholder that must be filled and is not raises here.
     except Exception as error:
         raise UserError(f"--config: {path!r} with variant {variant!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
@@ -181,14 +186,14 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def from_json(value: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Returns the locked config of `to_json`'s dict.
+def from_json(value: dict[str, Any], *, heading: str = "") -> ml_collections.ConfigDict:
+    """Returns the locked config of `to_json`'s dict; `heading` says where it comes from if it has problems.
 
     Raises:
         UserError: Listing every problem.
     """
     config = _with_tuples(ml_collections.ConfigDict(value))
-    refuse(find_problems(config, with_data=False))
+    refuse(find_problems(config, with_data=False), heading)
     return config.lock()
 
 
@@ -213,7 +218,7 @@ def apply_overrides(
         elif key not in keep:
             try:
                 _set(config, key, _parse(SCHEMA[key], text))
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError):
                 problems.append(f"{key}: must be {SCHEMA[key].allowed}; got {text!r}")
     return problems
 
@@ -223,6 +228,8 @@ def _set(config, key, value):
     target = config
     for part in section.split(".") if section else ():
         if not isinstance(target.get(part), ml_collections.ConfigDict):
+            if part in target:
+                del target[part]
             target[part] = ml_collections.ConfigDict()
         target = target[part]
     if name in target:
@@ -255,7 +262,14 @@ def find_problems(config: ml_collections.ConfigDict, *, with_data: bool = True) 
             problems.append(f"{key}: is missing; it must be {field.allowed}")
         elif not _fits(field, flat[key]):
             problems.append(f"{key}: must be {field.allowed}; got {flat[key]!r}")
-    return problems or _find_conflicts(config, flat, with_data)
+    problems = problems or _find_conflicts(config, flat)
+    name, root, download = (flat.get(f"dataset.{key}") for key in ("name", "root", "download"))
+    if with_data and name == "nmnist" and type(root) is str and download is False:
+        try:
+            recorded.find_nmnist(root, download=False)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _fits(field: Field, value: Any) -> bool:
@@ -263,10 +277,17 @@ def _fits(field: Field, value: Any) -> bool:
     return type(value) in types and bool(field.is_allowed(value))
 
 
-def _find_conflicts(config, flat, with_data):
+def _find_conflicts(config, flat):
     problems = []
     if config.network.kind == "conv" and not config.network.features:
         problems.append("network.features: a conv network needs at least one convolution; got none")
+    if config.network.kind == "conv" and min(data.SENSOR_SIZE) < config.network.pool_size ** len(config.network.features):
+        problems.append(
+            f"network.pool_size: {config.network.pool_size}, {len(config.network.features)} times over, leaves nothing of "
+            f"{min(data.SENSOR_SIZE)} pixels; take a smaller one, or fewer network.features"
+        )
+    if config.dataset.name == "nmnist" and config.dataset.num_test:
+        problems.append(f"dataset.num_test: nmnist brings its own test part, so it must be 0; got {config.dataset.num_test}")
     if config.dataset.name == "digits" and config.dataset.num_test < 1:
         problems.append("dataset.num_test: digits needs at least 1 test sample; got 0")
     if config.optimizer.weight_decay and config.optimizer.name != "adamw":
@@ -281,11 +302,6 @@ def _find_conflicts(config, flat, with_data):
             "sam.perturbation_batch_size: the same batch has the size of the descent batch, so it must be 0; got "
             f"{config.sam.perturbation_batch_size}"
         )
-    if with_data and config.dataset.name == "nmnist" and not config.dataset.download:
-        try:
-            recorded.find_nmnist(config.dataset.root, download=False)
-        except UserError as error:
-            problems.append(str(error))
     return problems
 
 

@@ -61,11 +61,13 @@ def lif_step(
         State at step t, in the dtype of `current`.
 
     Raises:
-        ValueError: If `reset` is unknown.
+        ValueError: If `reset` is unknown, or `current` is of an integer dtype.
 
     References:
         Gerstner, Kistler, Naud, Paninski. Neuronal Dynamics. Cambridge 2014, section 1.3.
     """
+    if not jnp.issubdtype(current.dtype, jnp.floating):
+        raise ValueError(f"current must be of a floating-point dtype; got {current.dtype}")
     potential, spikes = state
     if reset == "zero":
         potential = decay * potential * (1.0 - spikes) + current

@@ -46,7 +46,8 @@ def sam(
     descent batch :math:`B`; it returns :math:`g`, which the rest of the chain treats like any gradient. The caller draws the
     two batches: independently for the setting of the convergence proof, `B' = B` for ordinary SAM, or a smaller `B'`.
     All perturbed weights count as one vector (global norm), and no copy of them is stored. At :math:`g' = 0` there is no
-    direction to climb and :math:`\epsilon = 0`. The parts below combine freely.
+    direction to climb and :math:`\epsilon = 0`. Perturbed weights have the dtype of the weights: in bfloat16 a component
+    below half a unit in the last place of its weight is rounded away, so keep weights in float32. The parts below combine freely.
 
     Args:
         rho: Radius :math:`\rho \ge 0`, a number or a schedule from the update count to a number. At 0 the update is
@@ -75,7 +76,7 @@ def sam(
     Raises:
         ValueError: If a concrete `rho`, `reuse` or `gsam` is negative or not finite, or `adaptive` is unknown; at init or
             update if `params` or `grad_fn` is missing, or if `sam` stands where its result would be wrong: inside
-            `optax.masked`, `optax.multi_transform` or `optax.MultiSteps`, or behind another link of a chain.
+            `optax.masked`, `optax.multi_transform`, `optax.MultiSteps` or `optax.apply_if_finite`, or behind another link.
 
     Example:
         >>> tx = optax.chain(sam(rho=0.1), optax.sgd(1.0))
@@ -100,15 +101,19 @@ def sam(
         raise ValueError(f"adaptive must be None or one of {', '.join(ADAPTIVE)}; got {adaptive!r}")
     if reuse is not None and active is None:
         raise ValueError("reuse needs active: it says what the updates do that do not perturb")
+    # A function given to `optax.inject_hyperparams` is taken for a schedule and arrives here as its value.
+    if (active is not None and not callable(active)) or isinstance(mask, jax.Array):
+        raise ValueError(
+            "active must be a function, and mask a tree or a function; through optax.inject_hyperparams write "
+            'inject_hyperparams(sam, static_args=("active", "mask"))(...)'
+        )
 
     def init_fn(params):
         _refuse_partial_tree(params)
-        if _is_called_by(optax.MultiSteps):
-            raise ValueError(
-                "optax.MultiSteps around sam would take the descent gradient of the last micro-batch alone; write "
-                "chain(sam(...), MultiSteps(optimizer, k).gradient_transformation()), or average the gradients of the "
-                "micro-batches in grad_fn"
-            )
+        for frame in _optax_callers():
+            wrapper = frame.f_code.co_qualname.partition(".")[0]
+            if wrapper in _WRONG_AROUND:
+                raise ValueError(f"optax.{wrapper} around sam {_WRONG_AROUND[wrapper]}")
         sharpness = jax.tree.map(lambda w: jnp.zeros(w.shape, _wide(w)), params) if reuse is not None else None
         return SamState(
             jnp.zeros([], jnp.int32), jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), aux), sharpness
@@ -125,7 +130,8 @@ def sam(
             )
         _refuse_partial_tree(params)
         # `optax.chain` and `optax.named_chain` collect the states of the links before this one in a local of that name.
-        if sys._getframe(1).f_globals["__name__"].startswith("optax.") and sys._getframe(1).f_locals.get("new_state"):
+        combining = sys.modules[optax.chain.__module__].__dict__
+        if any(frame.f_globals is combining and frame.f_locals.get("new_state") for frame in _optax_callers()):
             raise ValueError(
                 "sam must be the first link of its chain: what comes before it would change the direction of the perturbation "
                 "and be lost for the descent; write chain(sam(...), add_decayed_weights(...), ...)"
@@ -147,8 +153,9 @@ def sam(
         def pass_through():
             if reuse is None:
                 return updates, state.aux, None
-            scale = reuse * optax.tree.norm(climb) / _at_least_tiny(optax.tree.norm(state.sharpness))
-            reused = jax.tree.map(lambda g, c, v: (c + scale * v).astype(g.dtype), updates, climb, state.sharpness)
+            unit = optax.tree.scale(1 / _at_least_tiny(optax.tree.norm(state.sharpness)), state.sharpness)
+            length = reuse * optax.tree.norm(climb)
+            reused = jax.tree.map(lambda g, c, v: (c + length * v).astype(g.dtype), updates, climb, unit)
             return reused, state.aux, state.sharpness
 
         result = perturb() if active is None else jax.lax.cond(active(state.count), perturb, pass_through)
@@ -207,6 +214,14 @@ def _call(grad_fn, params):
         raise
 
 
+_WRONG_AROUND = {
+    "MultiSteps": "would take the descent gradient of the last micro-batch alone; write chain(sam(...), MultiSteps(optimizer, "
+    "k).gradient_transformation()), or average the gradients of the micro-batches in grad_fn, as sast_jax.accumulate does",
+    "apply_if_finite": "would look at the perturbation gradient alone; write chain(sam(...), apply_if_finite(optimizer, n))",
+    "lookahead": "would not pass grad_fn on; write chain(sam(...), optimizer)",
+}
+
+
 def _refuse_partial_tree(params):
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
@@ -216,11 +231,10 @@ def _refuse_partial_tree(params):
         )
 
 
-def _is_called_by(kind):
-    """Whether a method of an instance of `kind` is among the callers. Nothing else tells a transformation who wraps it."""
+def _optax_callers():
+    """The frames of optax among the callers: nothing else tells a transformation who wraps it."""
     frame = sys._getframe(1)
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), kind):
-            return True
+        if frame.f_globals.get("__name__", "").startswith("optax."):
+            yield frame
         frame = frame.f_back
-    return False

@@ -19,6 +19,14 @@ def _own_cache(tmp_path_factory):
         os.environ["SAST_JAX_CACHE"] = before
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compile_once(tmp_path_factory):
+    """Equal programs of different tests are compiled once; many tests train the same small network."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture
 def float64():
     with jax.enable_x64(True):

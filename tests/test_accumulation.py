@@ -25,7 +25,7 @@ def test_parts_average_to_the_whole_with_the_samples_on_any_axis(num_microbatche
 
     w = rng.normal(size=2)
     value_and_grad = jax.value_and_grad(loss)
-    ours = accumulate(value_and_grad, num_microbatches, axes={"x": 1, "y": 0})(w, batch)
+    ours = accumulate(value_and_grad, num_microbatches, axes={"x": -2, "y": 0})(w, batch)
     for a, b in zip(ours, value_and_grad(w, batch), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from sast_jax import load_run
 from sast_jax.cli import format_table, main
+from sast_jax.errors import UserError
 from tests.conftest import write_nmnist_file
 
 TINY = [
@@ -121,6 +123,53 @@ def test_folder_that_is_no_run_is_refused(capsys, tmp_path):
     assert "is no run" in refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'none'}"]))
     (tmp_path / "run.json").write_text("{ not json")
     assert "cannot be read as JSON" in refused(capsys, main(["evaluate", f"--workdir={tmp_path}"]))
+
+
+def test_foreign_files_in_a_folder_are_refused_and_left_alone(train, capsys, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, text in (("run.json", "{}"), ("results.json", "[1]"), ("results.json", '{"accuracy": 1}')):
+        (run / name).write_text(text)
+        assert name in refused(capsys, train(config="configs/nmnist.py:sast"))
+        assert "run" in refused(capsys, train())
+        assert (run / name).read_text() == text
+        (run / name).unlink()
+    assert train(config="configs/nmnist.py:sast") == 0
+    (run / "run.json").unlink()
+    capsys.readouterr()
+    assert "has results.json but no run.json" in refused(capsys, train("--config.seed=5", config="configs/nmnist.py:sast"))
+
+
+def test_finished_run_is_reported_though_its_recordings_are_gone(train, capsys, small_nmnist):
+    assert train() == 0
+    table = capsys.readouterr().out
+    small_nmnist.rename(small_nmnist.parent / "gone")
+    assert train() == 0
+    assert capsys.readouterr().out == table
+
+
+def test_damaged_checkpoint_is_named(train, capsys, tmp_path):
+    assert train(config="configs/nmnist.py:sast") == 0
+    for file in (tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10])
+    capsys.readouterr()
+    message = refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'run'}"]))
+    assert str(tmp_path / "run" / "checkpoints" / "6") in message
+
+
+def test_half_of_a_pair_is_not_taken_for_the_whole(train, tmp_path):
+    assert train() == 0
+    shutil.rmtree(tmp_path / "run" / "sast")
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(UserError, match=r"run/sast' is no run"):
+        load_run(tmp_path / "run")
+
+
+def test_cache_that_cannot_be_written_is_a_message(train, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SAST_JAX_CACHE", str(tmp_path / "file" / "below"))
+    assert "SAST_JAX_CACHE" in refused(capsys, train())
 
 
 def test_workdir_that_is_a_file_or_cannot_be_made_is_refused(capsys, tmp_path):

@@ -83,7 +83,7 @@ def test_all_problems_are_told_at_once_with_what_is_allowed():
         "network.reset: must be one of zero, subtract, none; got 'soft'",
         "batch_size: must be an integer >= 1; got 'ten'",
         "num_epochs: must be an integer >= 1; got '2.5'",
-        "network.features: must be integers >= 1, as 12,32; got '12,x'",
+        "network.features: must be integers from 1 to 65536, as 12,32; got '12,x'",
         "optimizer.learning_rate: must be a finite number above 0; got nan",
         "dataset.binary: must be true or false; got 'perhaps'",
         "learning_rate: there is no such field; did you mean optimizer.learning_rate?",
@@ -97,6 +97,10 @@ def test_all_problems_are_told_at_once_with_what_is_allowed():
     ("overrides", "message"),
     [
         (["network.features=()"], "a conv network needs at least one convolution"),
+        (["network.pool_size=40"], "network.pool_size: 40, 2 times over, leaves nothing of 34 pixels"),
+        (["network.features=2,2,2,2,2,2"], "leaves nothing of 34 pixels"),
+        (["network.features=100000"], "must be integers from 1 to 65536"),
+        (["network.features={[]}"], "must be integers from 1 to 65536"),
         (["dataset.num_test=0"], "digits needs at least 1 test sample"),
         (["optimizer.weight_decay=0.1"], "only adamw has one"),
         (["num_microbatches=3"], "batch_size: must be a multiple of num_microbatches, 3; got 32"),
@@ -122,6 +126,11 @@ def test_fields_of_the_pair_that_make_the_difference_are_kept():
         ("def get_config(variant=''): raise KeyError('x')", "KeyError: 'x'"),
         ("import ml_collections\ndef get_config(variant=''): return ml_collections.ConfigDict()", "seed: is missing"),
         (
+            "from ml_collections import ConfigDict, config_dict\n"
+            "def get_config(variant=''): return ConfigDict({'seed': config_dict.required_placeholder(int)})",
+            "RequiredValueError",
+        ),
+        (
             "import ml_collections\ndef get_config(variant=''): return ml_collections.ConfigDict({'sam': {'rhoo': 1}})",
             "sam.rhoo: there is no such field; did you mean sam.rho?",
         ),
@@ -145,9 +154,17 @@ def test_wrong_types_in_a_file_are_found(tmp_path):
         "config.sam.rho = 0", "config.sam.rho = True  #"
     )
     path = write_config(tmp_path, text.replace("config.network.features = (", "config.network.features = (0, "))
-    found = problems_of(f"{path}:sast")
+    found = problems_of(f"{path}:sast", "dataset.root=elsewhere")
     assert "batch_size: must be an integer >= 1; got 'many'" in found
-    assert "network.features: must be integers >= 1, as 12,32; got (0, " in found
+    assert "network.features: must be integers from 1 to 65536, as 12,32; got (0, " in found
+
+
+def test_section_that_is_none_is_named_and_may_be_overridden(tmp_path):
+    path = write_config(
+        tmp_path, "import ml_collections\ndef get_config(variant=''): return ml_collections.ConfigDict({'dataset': 'digits'})"
+    )
+    assert "dataset: there is no such field" in problems_of(path)
+    assert "dataset.root: is missing" in problems_of(path, "dataset.name=digits")
 
 
 def test_config_survives_json():

@@ -117,6 +117,11 @@ def test_unknown_reset_is_refused():
         lif(jnp.ones((2, 1)), decay=0.9, reset="soft", spike_fn=spike_fn("hard"))
 
 
+def test_integer_current_is_refused():
+    with pytest.raises(ValueError, match="current must be of a floating-point dtype; got int32"):
+        lif(jnp.ones((2, 1), jnp.int32), decay=0.9, spike_fn=spike_fn("hard"))
+
+
 def test_leaky_readout_is_the_mean_of_the_integrated_current():
     current = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
     potential, total = np.zeros((2, 3)), np.zeros((2, 3))

@@ -4,13 +4,13 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted(Path("notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 # The kernel's own libraries warn of their sockets and event loop; what the notebook itself warns of goes to its output.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=str)
-def test_notebook_runs_from_top_to_bottom_and_its_outputs_are_of_such_a_run(path):
+def test_notebook_runs_without_an_error_and_was_stored_after_running_from_top_to_bottom(path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))

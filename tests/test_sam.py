@@ -267,6 +267,19 @@ def test_impossible_part_is_refused(parts, message):
         sam(0.1, **parts)
 
 
+def test_reuse_before_any_active_update_passes_the_gradient_through():
+    tx = sam(0.3, active=lambda count: count == 4, reuse=2.0)
+    grads = jax.tree.map(lambda g: 100 * g, GRADS)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS, grad_fn=lambda p: p)
+    assert_trees_close(updates, grads)
+
+
+def test_weights_move_in_bfloat16_where_the_radius_is_not_below_their_resolution():
+    params, grads = (jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree) for tree in (PARAMS, GRADS))
+    moved, _ = sam(0.5).update(grads, sam(0.5).init(params), params, grad_fn=lambda p: jax.tree.map(jnp.subtract, p, params))
+    np.testing.assert_allclose(moved["w"].astype(jnp.float32), perturbation()["w"], atol=0.01)
+
+
 def test_zero_gradient_is_finite_with_every_part():
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     tx = sam(0.3, adaptive="element", gsam=0.5, active=lambda count: count < 1, reuse=1.0)

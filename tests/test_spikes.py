@@ -22,6 +22,15 @@ def test_values_agree_with_those_worked_out_by_hand(family):
         assert float(spike_fn("surrogate", family, 2.0)(jnp.array(x))) == pytest.approx(value, abs=1e-5)
 
 
+def test_arctan_in_float32_agrees_with_that_of_numpy_in_float64():
+    x = np.concatenate([np.linspace(-4, 4, 40_001), np.geomspace(1e-30, 1e30, 2000), [0.0, np.inf, -np.inf]]).astype(np.float32)
+    x = np.concatenate([x, -x])
+    ours = FAMILIES["arctan"].value(jnp.asarray(x), 2 / np.pi)
+    np.testing.assert_allclose(ours, 0.5 + np.arctan(x.astype(np.float64)) / np.pi, atol=2e-7)
+    slope = jax.vmap(jax.grad(lambda x: FAMILIES["arctan"].value(x, 2.0)))(jnp.asarray(x[:40_001]))
+    np.testing.assert_allclose(slope, FAMILIES["arctan"].derivative(x[:40_001].astype(np.float64), 2.0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("slope", SLOPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_derivative_agrees_with_finite_differences(family, slope, float64):
@@ -63,7 +72,8 @@ def test_straight_through_has_the_surrogates_derivative_and_hard_has_none(family
 
 @pytest.mark.parametrize("mode", ["surrogate", "hard", "straight_through"])
 def test_dtype_is_kept(mode):
-    assert spike_fn(mode)(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
+    for slope in (2.0, jnp.float32(2.0)):
+        assert spike_fn(mode, "arctan", slope)(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_slope_may_be_traced():

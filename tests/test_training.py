@@ -15,7 +15,7 @@ from sast_jax.errors import UserError
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.training import Interrupted, init_state, make_train_step, read_metrics, train_and_evaluate, train_variants
 from sast_jax.training.progress import Progress
-from sast_jax.training.run import Checkpoints
+from sast_jax.training.run import Checkpoints, load_params
 
 TINY = [
     "dataset.num_time_steps=3",
@@ -270,6 +270,13 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_quantity(tiny,
     with pytest.raises(UserError, match=r"(loss|gradient_norm) is (nan|inf) at step \d+.*optimizer.learning_rate"):
         train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_gradient_at_the_perturbed_weights_that_is_not_finite_stops_the_run_before_a_checkpoint(tiny, tmp_path):
+    config = tiny("sast", "sam.rho=1e38", "batch_size=30", "checkpoint_every_epochs=1", "evaluate_every_epochs=1")
+    with pytest.raises(UserError, match=r"update_norm is (nan|inf) at step 1;"):
+        train_and_evaluate(config, tmp_path)
+    assert load_params(tmp_path) is None
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(recordings):

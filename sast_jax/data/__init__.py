@@ -16,6 +16,7 @@ __all__ = [
     "DESCENT",
     "PERTURBATION",
     "SAMPLE_AXES",
+    "SENSOR_SIZE",
     "Batch",
     "Recordings",
     "Splits",
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 DATASETS = ("digits", "nmnist")
+
+SENSOR_SIZE = (34, 34)
+"""Height and width of the frames of every data set, in pixels."""
 
 _CACHE_VERSION = 1  # Raise it when the same arguments give other frames than before.
 

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
+from sast_jax.errors import UserError
 from sast_jax.files import atomic_write
 
 
@@ -41,7 +41,7 @@ class Recordings(NamedTuple):
 
 def cache_dir() -> Path:
     """Folder of the cache: the environment variable `SAST_JAX_CACHE`, else `~/.cache/sast_jax`."""
-    return Path(os.environ.get("SAST_JAX_CACHE") or Path.home() / ".cache" / "sast_jax").expanduser()
+    return Path(os.path.expanduser(os.environ.get("SAST_JAX_CACHE") or "~/.cache/sast_jax"))
 
 
 def load_or_build(description: dict[str, Any], build: Callable[[], Recordings]) -> Recordings:
@@ -60,8 +60,14 @@ def load_or_build(description: dict[str, Any], build: Callable[[], Recordings]) 
     cached = _load(path)
     if cached is None:
         cached = build()
-        with atomic_write(path) as file:
-            np.savez(file, checksum=np.array(cached.checksum()), **cached._asdict())
+        try:
+            with atomic_write(path) as file:
+                np.savez(file, checksum=np.array(cached.checksum()), **cached._asdict())
+        except OSError as error:
+            raise UserError(
+                f"cannot write the cache {str(path)!r} ({error.strerror}); make room there, or set the environment variable "
+                "SAST_JAX_CACHE to a folder for it"
+            ) from error
     return cached
 
 
@@ -70,5 +76,5 @@ def _load(path: Path) -> Recordings | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             recordings = Recordings(**{name: arrays[name] for name in Recordings._fields})
             return recordings if recordings.checksum() == arrays["checksum"].item() else None
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except Exception:  # What a damaged archive raises depends on where the damage is.
         return None

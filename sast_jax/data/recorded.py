@@ -35,7 +35,7 @@ def find_nmnist(root: str, *, download: bool) -> Path:
             "dataset.root: the folder with N-MNIST's Train/ and Test/ is not set; give --config.dataset.root=FOLDER, and "
             "--config.dataset.download=true if it has yet to be downloaded there"
         )
-    base = Path(root or str(data)).expanduser()
+    base = Path(os.path.expanduser(root or str(data)))
     candidates = [base, base / "NMNIST"]
     if download and not any(_is_nmnist(folder) for folder in candidates):
         _download_nmnist(base)

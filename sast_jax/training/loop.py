@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.files import atomic_write, write_json
 from sast_jax.training.interruption import Interrupted, StopRequest
 from sast_jax.training.progress import Progress
-from sast_jax.training.run import METRICS, RESULTS, Checkpoints, check_workdir, environment, read_json, register
+from sast_jax.training.run import (
+    METRICS,
+    RESULTS,
+    RUN,
+    RUNS,
+    Checkpoints,
+    check_workdir,
+    environment,
+    read_json,
+    register,
+    run_members,
+)
 from sast_jax.training.state import init_state, make_train_step
 
 EVALUATION_BATCH_SIZE = 100
@@ -44,11 +56,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
         Interrupted: On SIGINT or SIGTERM, after a checkpoint is written; the same call goes on from it.
     """
     workdir = Path(workdir)
-    refuse(config_lib.find_problems(config))
+    refuse(config_lib.find_problems(config, with_data=False))
     check_workdir(workdir, config)
     results = read_json(workdir / RESULTS)
     if results is not None:
         return results
+    refuse(config_lib.find_problems(config))
     splits = config_lib.load_data(config)
     data = splits.describe()
     register(workdir, config, data)
@@ -93,7 +106,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
                 epoch, position = divmod(step, steps_per_epoch)
                 if len(pending) == _FETCH_EVERY_STEPS or position == 0 or stop.requested:
                     fetched += jax.device_get(pending)
-                    _refuse_non_finite(fetched[-len(pending) :], step - len(pending) + 1, workdir)
+                    refuse_non_finite(fetched[-len(pending) :], step - len(pending) + 1, workdir)
                     pending.clear()
                 if position == 0:
                     line = {"step": step, "epoch": epoch, "num_steps": len(fetched)}
@@ -101,6 +114,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
                     line["seconds"] = time.monotonic() - epoch_start
                     if len(splits.validation.labels) and (epoch % config.evaluate_every_epochs == 0 or step == num_steps):
                         validation = evaluate_transfer(eval_step, state.params, splits.validation, EVALUATION_BATCH_SIZE)
+                        refuse_non_finite([validation], step, workdir)
                         line |= {f"validation_{key}": value for key, value in validation.items()}
                     with (workdir / METRICS).open("a") as file:
                         file.write(json.dumps(line) + "\n")
@@ -116,7 +130,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
         checkpoints.close()
 
     transfer = evaluate_transfer(eval_step, state.params, splits.test, EVALUATION_BATCH_SIZE)
-    _refuse_non_finite([transfer], num_steps, workdir)
+    refuse_non_finite([transfer], num_steps, workdir)
     epoch_seconds = [line["seconds"] for line in read_metrics(workdir) if line["num_steps"] == steps_per_epoch]
     num_perturbed = sum(map(bool, map(perturbs, range(num_steps))))
     results = {
@@ -152,11 +166,14 @@ def train_variants(configs: dict[str, ml_collections.ConfigDict], workdir: str |
     """
     workdir = Path(workdir)
     if list(configs) == [""]:
-        return train_and_evaluate(configs[""], workdir, title=workdir.name)
-    if (workdir / "run.json").exists():
+        return train_and_evaluate(configs[""], workdir, title=workdir.resolve().name)
+    if (workdir / RUN).exists():
         raise UserError(f"--workdir: {str(workdir)!r} is a single run; give a folder for the runs {', '.join(configs)}")
+    if (workdir / RESULTS).exists() and not run_members(workdir):
+        raise UserError(f"--workdir: {str(workdir)!r} has a {RESULTS} of something else; choose another folder")
     for name, config in configs.items():
         check_workdir(workdir / name, config)
+    write_json(workdir / RUNS, list(configs))
     runs = {name: train_and_evaluate(config, workdir / name, title=name) for name, config in configs.items()}
     results = {**list(runs.values())[-1], "runs": runs}
     write_json(workdir / RESULTS, results)
@@ -181,7 +198,8 @@ def _forget_metrics_after(workdir, step):
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def _refuse_non_finite(metrics, first_step, workdir):
+def refuse_non_finite(metrics: Sequence[dict[str, float]], first_step: int, workdir: Path) -> None:
+    """Raises a `UserError` naming quantity and step if a metric of successive steps from `first_step` on is not finite."""
     for step, values in enumerate(metrics, first_step):
         for name, value in values.items():
             if not np.isfinite(value):

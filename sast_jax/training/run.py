@@ -1,5 +1,6 @@
 """A run on disk: its folder, its checkpoints, and how to use a trained one."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -20,6 +21,7 @@ from sast_jax.spikes import Mode
 from sast_jax.training.state import TrainState
 
 RUN, RESULTS, METRICS, CHECKPOINTS = "run.json", "results.json", "metrics.jsonl", "checkpoints"
+RUNS = "runs.json"  # In a folder of several runs: their names, in the order in which they are trained.
 
 _MAY_MOVE = {"dataset.root", "dataset.download"}  # Where recordings lie; what they are is compared by checksum.
 
@@ -31,10 +33,10 @@ class Checkpoints:
     of (seed, stream, step), so nothing else is needed to resume exactly.
     """
 
-    def __init__(self, workdir: Path, *, read_only: bool = False):
-        """Opens the checkpoints of a run folder; creates their folder unless they are only read."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=not read_only, read_only=read_only)
-        self._manager = ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)
+    def __init__(self, workdir: Path):
+        """Opens or creates the checkpoints of a run folder."""
+        self._folder = (workdir / CHECKPOINTS).absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     def save(self, state: TrainState, *, seconds: float) -> None:
         """Saves the state in the background, under its step; a step that is there already is not saved again."""
@@ -50,17 +52,10 @@ class Checkpoints:
             return None
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state.__dict__)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
+        with _readable(self._folder / str(step)):
+            restored = self._manager.restore(step, args=items)
         # A copy, so that donating the state to the train step cannot touch buffers that the checkpointer still holds.
         return TrainState(**jax.tree.map(jnp.copy, restored["state"])), restored["meta"]["seconds"]
-
-    def restore_params(self) -> Any | None:
-        """Returns the weights of the last saved state, or `None` if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-        return restored["state"]["params"]
 
     def close(self) -> None:
         """Waits for the last save to be on disk."""
@@ -68,26 +63,71 @@ class Checkpoints:
         self._manager.close()
 
 
+def load_params(workdir: Path) -> tuple[Any, int] | None:
+    """Returns weights and step of the last checkpoint, on this machine's first device; `None` if there is none.
+
+    Writes nothing, and does not ask on which device the weights were when they were saved.
+
+    Raises:
+        UserError: If the checkpoint is damaged.
+    """
+    folder = (workdir / CHECKPOINTS).absolute()
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        return None
+    path = folder / str(max(steps))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with _readable(path), ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(path / "state").item_metadata.tree
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), saved)
+        return checkpointer.restore(path / "state", target)["params"], max(steps)
+
+
+@contextlib.contextmanager
+def _readable(path):
+    try:
+        yield
+    except Exception as error:  # Damaged files surface as whatever their decoder raises.
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"--workdir: the checkpoint {str(path)!r} cannot be read ({reason[:300]}); remove that folder to go on from the one "
+            "before it, or choose another --workdir"
+        ) from error
+
+
 def environment() -> dict[str, Any]:
     """Returns the versions, the device and the number of CPU cores that a result was made with."""
     packages = ("sast_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"device": jax.devices()[0].device_kind, "num_cores": os.cpu_count()} | {
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"device": jax.devices()[0].device_kind, "num_cores": num_cores} | {
         name: importlib.metadata.version(name) for name in packages
     }
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+_PROMISED = {
+    RUN: {"config", "data", "environment"},
+    RESULTS: {"surrogate_accuracy", "hard_accuracy", "transfer_gap", "num_test"},
+}
+
+
+def read_json(path: Path) -> Any:
     """Returns the content of a JSON file of a run, or `None` if it is not there.
 
     Raises:
-        UserError: If it is there but damaged.
+        UserError: If it is there but damaged, or not what `sast-jax train` writes under that name.
     """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); restore it, or choose another --workdir") from error
+    promised = _PROMISED.get(path.name, set())
+    if promised and not (isinstance(value, dict) and promised <= value.keys()):
+        raise UserError(
+            f"{path}: is damaged or not of sast-jax: it must hold {', '.join(sorted(promised))}; choose another --workdir"
+        )
+    return value
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -102,6 +142,8 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     if members:
         raise UserError(f"--workdir: {str(workdir)!r} holds the runs {', '.join(members)}; give one of them or a new folder")
     run = read_json(workdir / RUN)
+    if run is None and (workdir / RESULTS).exists():
+        raise UserError(f"--workdir: {str(workdir)!r} has {RESULTS} but no {RUN}; choose another folder")
     if run is not None:
         old = config_lib.flatten(run["config"])
         new = config_lib.flatten(config_lib.to_json(config))
@@ -137,10 +179,11 @@ def register(workdir: Path, config: ml_collections.ConfigDict, description: dict
 
 
 def run_members(workdir: Path) -> list[str]:
-    """Returns the names of the runs in a folder of several, in the order in which they were trained; none for a single run."""
-    results = read_json(workdir / RESULTS) or {}
-    folders = sorted(path.parent.name for path in workdir.glob(f"*/{RUN}"))
-    return [name for name in results.get("runs", folders) if name in folders]
+    """Returns the names of the runs in a folder of several, in the order in which they are trained; none for a single run."""
+    names = read_json(workdir / RUNS)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{workdir / RUNS}: must be a list of names; choose another --workdir")
+    return names or []
 
 
 class Run(NamedTuple):
@@ -151,12 +194,14 @@ class Run(NamedTuple):
         params: Its weights.
         config: The config it was trained with.
         results: What `results.json` holds, or `None` if training has not finished.
+        step: Optimizer steps that the weights have had.
     """
 
     network: SpikingNetwork
     params: Any
     config: ml_collections.ConfigDict
     results: dict[str, Any] | None
+    step: int
 
     def predict(self, frames: np.ndarray, mode: Mode = "hard") -> jax.Array:
         """Returns the logits `[B, K]` of event frames.
@@ -192,11 +237,10 @@ def load_run(workdir: str | Path) -> Run:
     run = read_json(workdir / RUN)
     if run is None:
         raise UserError(f"--workdir: {str(workdir)!r} is no run; expected a folder that `sast-jax train` wrote, with {RUN}")
-    config = config_lib.from_json(run["config"])
-    checkpoints = Checkpoints(workdir, read_only=True)
-    params = checkpoints.restore_params()
-    checkpoints.close()
-    if params is None:
+    config = config_lib.from_json(run["config"], heading=f"{workdir / RUN}: its config is not one of this version:")
+    restored = load_params(workdir)
+    if restored is None:
         raise UserError(f"--workdir: {str(workdir)!r} has no checkpoint yet; run `sast-jax train` with its config first")
     network = config_lib.make_network(config, run["data"]["num_classes"])
-    return Run(network, params, config, read_json(workdir / RESULTS))
+    params, step = restored
+    return Run(network, params, config, read_json(workdir / RESULTS), step)

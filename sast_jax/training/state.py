@@ -58,7 +58,7 @@ def make_train_step(
     With `sam` in `tx` the step takes two gradients, :math:`g'` on the perturbation batch (`None`: on the descent batch
     itself) and :math:`g` on the descent batch; without it one, on the descent batch. The given state is donated. Metrics,
     taken at the unperturbed weights with the first gradient: `loss` (mean cross-entropy), `accuracy`, `gradient_norm` and
-    `spike_rate_<i>` per layer.
+    `spike_rate_<i>` per layer; and `update_norm` of what is added to the weights.
 
     Args:
         network: A module applied as `network.apply({"params": params}, frames, mode)`.
@@ -84,7 +84,7 @@ def make_train_step(
             grads, state.opt_state, state.params, grad_fn=lambda params: gradient(params, descent_batch)[0]
         )
         params = optax.apply_updates(state.params, updates)
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics |= {"gradient_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
