@@ -1,6 +1,6 @@
 r"""What of SAST's effect remains when fewer or smaller perturbation batches are paid for.
 
-    python benchmarks/cheaper_sast.py --config=configs/digits.py --workdir=runs/transfer_gap_digits
+    python benchmarks/cheaper_sast.py --config=configs/digits.py --workdir=runs/transfer_gap_digits --rho=0.2 --seeds=0,1,2
 
 Baseline and SAST are those of `transfer_gap.py`, found there if the folder is the same; `--rho` is the radius of all. Writes
 `benchmarks/results/cheaper_sast_<config>.json` and `.md`, and the table into the README.

@@ -102,7 +102,8 @@ def sam(
     if reuse is not None and active is None:
         raise ValueError("reuse needs active: it says what the updates do that do not perturb")
     # A function given to `optax.inject_hyperparams` is taken for a schedule and arrives here as its value.
-    if (active is not None and not callable(active)) or isinstance(mask, jax.Array):
+    is_value = isinstance(mask, (bool, jax.Array)) and jnp.ndim(mask) == 0
+    if (active is not None and not callable(active)) or is_value:
         raise ValueError(
             "active must be a function, and mask a tree or a function; through optax.inject_hyperparams write "
             'inject_hyperparams(sam, static_args=("active", "mask"))(...)'
