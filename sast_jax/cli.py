@@ -13,6 +13,7 @@ from sast_jax.errors import UserError, refuse
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.files import write_json
 from sast_jax.training import train_variants
+from sast_jax.training.build import load_data
 from sast_jax.training.interruption import Interrupted
 from sast_jax.training.loop import EVALUATION_BATCH_SIZE, refuse_non_finite
 from sast_jax.training.run import RESULTS, load_run, read_json, register, run_members
@@ -87,7 +88,7 @@ def _evaluate(args, overrides):
         elsewhere = [text for text in overrides if text.partition("=")[0] not in ("dataset.root", "dataset.download")]
         refuse([f"{text}: evaluate takes only dataset.root and dataset.download from the command line" for text in elsewhere])
         refuse(config_lib.apply_overrides(config, overrides) + config_lib.find_problems(config))
-        splits = config_lib.load_data(config)
+        splits = load_data(config)
         register(workdir, config, splits.describe())
         transfer = evaluate_transfer(make_eval_step(run.network), run.params, splits.test, EVALUATION_BATCH_SIZE)
         refuse_non_finite([transfer], run.step, workdir)

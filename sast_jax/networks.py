@@ -261,3 +261,7 @@ class SpikingConvNet(SpikingNetwork):
             *(pooled(layer) for layer in convolutions[1:]),
             pooled(_flattened(dense)),
         ]
+
+
+NETWORKS: dict[str, type[SpikingNetwork]] = {"conv": SpikingConvNet, "mlp": SpikingMLP}
+"""The networks by the name that a config calls them."""

@@ -6,8 +6,9 @@ import optax
 import pytest
 
 from sast_jax import config as config_lib
-from sast_jax.config import SCHEMA, flatten, from_json, load_configs, make_network, make_optimizer, to_json
+from sast_jax.config import SCHEMA, flatten, from_json, load_configs, to_json
 from sast_jax.errors import UserError
+from sast_jax.training.build import make_network, make_optimizer
 
 FILES = sorted(Path("configs").glob("*.py"))
 

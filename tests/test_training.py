@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from sast_jax import SpikingMLP, lif, load_run, sam, spike_fn
-from sast_jax.config import load_configs, load_data, make_network, make_optimizer
+from sast_jax.config import load_configs
 from sast_jax.data import Batch
 from sast_jax.errors import UserError
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.training import Interrupted, init_state, make_train_step, read_metrics, train_and_evaluate, train_variants
+from sast_jax.training.build import load_data, make_network, make_optimizer
+from sast_jax.training.checkpoints import Checkpoints, load_params
 from sast_jax.training.progress import Progress
-from sast_jax.training.run import Checkpoints, load_params
 
 TINY = [
     "dataset.num_time_steps=3",

@@ -15,6 +15,8 @@ from sast_jax.data import DESCENT, PERTURBATION, batch_indices, take_batch
 from sast_jax.errors import UserError, refuse
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.files import atomic_write, write_json
+from sast_jax.training.build import load_data, make_network, make_optimizer, sam_schedule
+from sast_jax.training.checkpoints import Checkpoints
 from sast_jax.training.interruption import Interrupted, StopRequest
 from sast_jax.training.progress import Progress
 from sast_jax.training.run import (
@@ -22,7 +24,6 @@ from sast_jax.training.run import (
     RESULTS,
     RUN,
     RUNS,
-    Checkpoints,
     check_workdir,
     environment,
     read_json,
@@ -62,19 +63,19 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     if results is not None:
         return results
     refuse(config_lib.find_problems(config))
-    splits = config_lib.load_data(config)
+    splits = load_data(config)
     data = splits.describe()
     register(workdir, config, data)
     num_train = data["num_train"]
     steps_per_epoch = num_train // config.batch_size
     num_steps = config.num_epochs * steps_per_epoch
 
-    network = config_lib.make_network(config, splits.num_classes)
-    tx = config_lib.make_optimizer(config, num_steps)
+    network = make_network(config, splits.num_classes)
+    tx = make_optimizer(config, num_steps)
     state = init_state(network, tx, take_batch(splits.train, np.arange(1)).frames, seed=config.seed)
     train_step = make_train_step(network, tx, config.mode, num_microbatches=config.num_microbatches)
     eval_step = make_eval_step(network)
-    perturbs = config_lib.sam_schedule(config, num_steps)
+    perturbs = sam_schedule(config, num_steps)
     is_independent = config.sam.perturbation == "independent"
     perturbation_batch_size = config.sam.perturbation_batch_size or config.batch_size
 

@@ -1,6 +1,5 @@
-"""A run on disk: its folder, its checkpoints, and how to use a trained one."""
+"""A run on disk: its folder, and how to use a trained one."""
 
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,88 +10,19 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 
 from sast_jax import config as config_lib
 from sast_jax.errors import UserError, refuse
 from sast_jax.files import write_json
 from sast_jax.networks import SpikingNetwork
 from sast_jax.spikes import Mode
-from sast_jax.training.state import TrainState
+from sast_jax.training.build import make_network
+from sast_jax.training.checkpoints import load_params
 
-RUN, RESULTS, METRICS, CHECKPOINTS = "run.json", "results.json", "metrics.jsonl", "checkpoints"
+RUN, RESULTS, METRICS = "run.json", "results.json", "metrics.jsonl"
 RUNS = "runs.json"  # In a folder of several runs: their names, in the order in which they are trained.
 
 _MAY_MOVE = {"dataset.root", "dataset.download"}  # Where recordings lie; what they are is compared by checksum.
-
-
-class Checkpoints:
-    """Checkpoints of a run: the last two, each whole or absent.
-
-    A checkpoint is the state (weights, optimizer state, step) and the seconds of training it took. Batches are functions
-    of (seed, stream, step), so nothing else is needed to resume exactly.
-    """
-
-    def __init__(self, workdir: Path):
-        """Opens or creates the checkpoints of a run folder."""
-        self._folder = (workdir / CHECKPOINTS).absolute()
-        self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
-
-    def save(self, state: TrainState, *, seconds: float) -> None:
-        """Saves the state in the background, under its step; a step that is there already is not saved again."""
-        step = int(state.step)
-        if step != self._manager.latest_step():
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state.__dict__), meta=ocp.args.JsonSave({"seconds": seconds}))
-            self._manager.save(step, args=items)
-
-    def restore(self, state: TrainState) -> tuple[TrainState, float] | None:
-        """Returns the last saved state, in the shapes and types of `state`, and its seconds; `None` if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state.__dict__)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-        with _readable(self._folder / str(step)):
-            restored = self._manager.restore(step, args=items)
-        # A copy, so that donating the state to the train step cannot touch buffers that the checkpointer still holds.
-        return TrainState(**jax.tree.map(jnp.copy, restored["state"])), restored["meta"]["seconds"]
-
-    def close(self) -> None:
-        """Waits for the last save to be on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-
-def load_params(workdir: Path) -> tuple[Any, int] | None:
-    """Returns weights and step of the last checkpoint, on this machine's first device; `None` if there is none.
-
-    Writes nothing, and does not ask on which device the weights were when they were saved.
-
-    Raises:
-        UserError: If the checkpoint is damaged.
-    """
-    folder = (workdir / CHECKPOINTS).absolute()
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if not steps:
-        return None
-    path = folder / str(max(steps))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with _readable(path), ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(path / "state").item_metadata.tree
-        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), saved)
-        return checkpointer.restore(path / "state", target)["params"], max(steps)
-
-
-@contextlib.contextmanager
-def _readable(path):
-    try:
-        yield
-    except Exception as error:  # Damaged files surface as whatever their decoder raises.
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(
-            f"--workdir: the checkpoint {str(path)!r} cannot be read ({reason[:300]}); remove that folder to go on from the one "
-            "before it, or choose another --workdir"
-        ) from error
 
 
 def environment() -> dict[str, Any]:
@@ -241,6 +171,6 @@ def load_run(workdir: str | Path) -> Run:
     restored = load_params(workdir)
     if restored is None:
         raise UserError(f"--workdir: {str(workdir)!r} has no checkpoint yet; run `sast-jax train` with its config first")
-    network = config_lib.make_network(config, run["data"]["num_classes"])
+    network = make_network(config, run["data"]["num_classes"])
     params, step = restored
     return Run(network, params, config, read_json(workdir / RESULTS), step)
