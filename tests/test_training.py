@@ -268,7 +268,7 @@ def test_other_recordings_than_the_run_began_with_are_refused(tiny, tmp_path, sm
 
 def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_quantity(tiny, tmp_path):
     config = tiny("baseline", "optimizer.name=sgd", "optimizer.learning_rate=1e38", "optimizer.schedule=constant")
-    with pytest.raises(UserError, match=r"(loss|gradient_norm) is (nan|inf) at step \d+.*optimizer.learning_rate"):
+    with pytest.raises(UserError, match=r"(loss|gradient_norm|update_norm) is (nan|inf) at step \d+.*optimizer.learning_rate"):
         train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "results.json").exists()
 
