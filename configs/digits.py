@@ -1,6 +1,10 @@
 """Convolutional network on simulated recordings of handwritten digits: trained anywhere, offline, in minutes.
 
-sast-jax train --config=configs/digits.py --workdir=runs/digits
+    sast-jax train --config=configs/digits.py --workdir=runs/digits
+
+Cost: baseline 32 s and SAST 59 s on two CPU cores. Test accuracy with hard spikes, mean of seeds 0 to 2 and its standard error:
+baseline 88.1 ± 0.6 %, SAST 88.6 ± 1.0 %, straight-through 93.3 ± 0.4 %; transfer gap 3.7 ± 0.8, 2.6 ± 1.1 and -16.8 ± 3.1 points
+(benchmarks/results/transfer_gap_digits.md).
 """
 
 import ml_collections

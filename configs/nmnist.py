@@ -4,6 +4,11 @@
 
 FOLDER holds Train/<digit>/*.bin and Test/<digit>/*.bin, whole or in part; with --config.dataset.download=true tonic
 downloads the whole set (1.2 GB) there first.
+
+Cost and result on a subset of 600 training, 100 validation and 200 test recordings: baseline 131 s, SAST 246 s on two CPU cores.
+Test accuracy with hard spikes, mean of seeds 0 to 2 and its standard error: baseline 79.8 ± 1.8 %, SAST 86.2 ± 0.6 %,
+straight-through 90.3 ± 0.3 %; transfer gap 8.8 ± 2.0, 1.0 ± 1.0 and -26.7 ± 1.6 points
+(benchmarks/results/transfer_gap_nmnist.md).
 """
 
 import ml_collections
@@ -45,7 +50,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.mode = "surrogate"  # Forward pass of training: smooth spikes, or straight_through (hard, smooth derivative).
     config.sam = ml_collections.ConfigDict()
-    config.sam.rho = 0.3  # Radius of the perturbation; 0: no SAM, half the gradients.
+    config.sam.rho = 0.2  # Radius of the perturbation; 0: no SAM, half the gradients.
     config.sam.perturbation = "independent"  # Batch of the perturbation: independent of the descent batch, or the same.
     config.sam.perturbation_batch_size = 0  # Of an independent batch; 0: as batch_size. A smaller one costs less.
     config.sam.adaptive = "none"  # ASAM: element, filter (radius relative to the weights); none.
