@@ -5,7 +5,7 @@
 FOLDER holds Train/<digit>/*.bin and Test/<digit>/*.bin, whole or in part; with --config.dataset.download=true tonic
 downloads the whole set (1.2 GB) there first.
 
-Cost and result on a subset of 600 training, 100 validation and 200 test recordings: baseline 131 s, SAST 246 s on two CPU cores.
+Cost and result on a subset of 600 training, 100 validation and 200 test recordings: baseline 131 s, SAST 255 s on two CPU cores.
 Test accuracy with hard spikes, mean of seeds 0 to 2 and its standard error: baseline 79.8 ± 1.8 %, SAST 86.2 ± 0.6 %,
 straight-through 90.3 ± 0.3 %; transfer gap 8.8 ± 2.0, 1.0 ± 1.0 and -26.7 ± 1.6 points
 (benchmarks/results/transfer_gap_nmnist.md).
