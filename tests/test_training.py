@@ -114,8 +114,8 @@ def test_step_gives_its_state_away_and_compiles_once():
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("variant", ["sast", "baseline"])
-@pytest.mark.parametrize("stop_at", [12, 17])  # At the end of epoch 4, and within epoch 6.
+# At the end of epoch 4, and within epoch 6.
+@pytest.mark.parametrize(("variant", "stop_at"), [("sast", 12), ("sast", 17), ("baseline", 17)])
 def test_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(tiny, tmp_path, monkeypatch, stop_at, variant):
     config = tiny(variant)
     straight = train_and_evaluate(config, tmp_path / "straight")
