@@ -1,5 +1,6 @@
 """A progress bar on a terminal, plain lines elsewhere."""
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -20,7 +21,16 @@ class Progress:
         self._start = time.monotonic()
         self._bar = None
         if self._stream.isatty():
-            self._bar = tqdm(total=num_steps, initial=step, desc=title, unit="step", file=self._stream, dynamic_ncols=True)
+            size = shutil.get_terminal_size()  # tqdm shows nothing on a terminal that says it has 0 lines; here it has 24.
+            self._bar = tqdm(
+                total=num_steps,
+                initial=step,
+                desc=title,
+                unit="step",
+                file=self._stream,
+                ncols=size.columns,
+                nrows=size.lines,
+            )
 
     def advance(self) -> None:
         """Moves the bar by a step."""
