@@ -30,7 +30,7 @@ def test_shipped_config_has_every_field_each_with_a_comment(path, small_nmnist):
     text = path.read_text()
     for key in SCHEMA:
         assert re.search(rf"^    config\.{re.escape(key)} = .+  # .+", text, re.M), key
-    for variant in ("", ":baseline", ":sast", ":straight_through"):
+    for variant in ("", ":baseline", ":sast", ":cheap_sast", ":straight_through"):
         configs = load_configs(f"{path}{variant}", [f"dataset.root={small_nmnist}"])
         assert list(configs) == (["baseline", "sast"] if not variant else [""])
         for config in configs.values():
@@ -146,7 +146,7 @@ def test_missing_file_and_unknown_variant_are_named(tmp_path):
     assert "there is no file 'none.py'" in problems_of("none.py:sast")
     (tmp_path / "config.txt").touch()
     assert "is no Python file" in problems_of(str(tmp_path / "config.txt"))
-    assert "must be one of baseline, sast, straight_through" in problems_of("configs/digits.py:other")
+    assert "must be one of baseline, sast, cheap_sast, straight_through" in problems_of("configs/digits.py:other")
 
 
 def test_wrong_types_in_a_file_are_found(tmp_path):
