@@ -1,6 +1,9 @@
 r"""What of SAST's effect remains when fewer or smaller perturbation batches are paid for.
 
-    python benchmarks/cheaper_sast.py --config=configs/digits.py --workdir=runs/transfer_gap_digits --rho=0.2 --seeds=0,1,2
+    python benchmarks/cheaper_sast.py --config=configs/digits.py --workdir=runs/transfer_gap_digits --rho=0.2 \
+        --schedules=quarter_batch,every_4,last_quarter
+    python benchmarks/cheaper_sast.py --config=configs/nmnist.py --workdir=runs/transfer_gap_nmnist --rho=0.2 \
+        --schedules=quarter_batch,every_4,last_quarter --config.dataset.root=FOLDER
 
 Baseline and SAST are those of `transfer_gap.py`, found there if the folder is the same; `--rho` is the radius of all. Writes
 `benchmarks/results/cheaper_sast_<config>.json` and `.md`, and the table into the README.
