@@ -23,11 +23,16 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 class Field(NamedTuple):
-    """What a config field may hold: a type, a test of the value, and both in words."""
+    """What a config field may hold: a type, a test of the value, and both in words; and what it is where a config leaves it out."""
 
     type: type
     is_allowed: Callable[[Any], bool]
     allowed: str
+    default: Any = None  # None: it must be there.
+
+    def or_else(self, default: Any) -> "Field":
+        """Returns the field that may be left out, as a config of an earlier version does."""
+        return self._replace(default=default)
 
 
 def _integer(low: int, high: float = math.inf) -> Field:
@@ -160,7 +165,7 @@ def _call(get_config, variant: str, path: str) -> tuple[ml_collections.ConfigDic
         raise UserError(f"--config: {path!r} with variant {variant!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config: get_config of {path!r} must return an ml_collections.ConfigDict; got {type(config).__name__}")
-    config = _with_tuples(config.copy_and_resolve_references().unlock())
+    config = _with_defaults(_with_tuples(config.copy_and_resolve_references().unlock()))
     variants = tuple(config.get(_VARIANTS, ())) or ("",)
     if _VARIANTS in config:
         del config[_VARIANTS]
@@ -189,7 +194,7 @@ def from_json(value: dict[str, Any], *, heading: str = "") -> ml_collections.Con
     Raises:
         UserError: Listing every problem.
     """
-    config = _with_tuples(ml_collections.ConfigDict(value))
+    config = _with_defaults(_with_tuples(ml_collections.ConfigDict(value)))
     refuse(find_problems(config, with_data=False), heading)
     return config.lock()
 
@@ -198,6 +203,14 @@ def _with_tuples(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     for key, value in flatten(config).items():
         if isinstance(value, list):
             _set(config, key, tuple(value))
+    return config
+
+
+def _with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    present = flatten(config)
+    for key, field in SCHEMA.items():
+        if field.default is not None and key not in present and key.partition(".")[0] not in present:
+            _set(config, key, field.default)
     return config
 
 
