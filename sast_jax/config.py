@@ -23,7 +23,7 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
 class Field(NamedTuple):
-    """What a config field may hold: a type, a test of the value, and both in words; and what it is where a config leaves it out."""
+    """What a config field may hold: a type, a test of the value, both in words, and what it is where a config leaves it out."""
 
     type: type
     is_allowed: Callable[[Any], bool]
