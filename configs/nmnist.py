@@ -49,6 +49,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.network.init_gain = 4.0  # Initial weights are this much larger than LeCun's; at 1 or 2 SAST starts learning late.
 
     config.mode = "surrogate"  # Forward pass of training: smooth spikes, or straight_through (hard, smooth derivative).
+    config.warm_start = ""  # Folder of a finished run whose weights are the initial ones; empty: drawn by the seed.
     config.sam = ml_collections.ConfigDict()
     config.sam.rho = 0.2  # Radius of the perturbation; 0: no SAM, half the gradients.
     config.sam.perturbation = "independent"  # Batch of the perturbation: independent of the descent batch, or the same.

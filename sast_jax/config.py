@@ -85,6 +85,7 @@ SCHEMA: dict[str, Field] = {
     "network.readout_decay": _number(0, 1),
     "network.init_gain": _number(0, above=True),
     "mode": _choice("surrogate", "straight_through"),
+    "warm_start": _TEXT.or_else(""),
     "sam.rho": _number(0),
     "sam.perturbation": _choice("independent", "same"),
     "sam.perturbation_batch_size": _integer(0),

@@ -169,6 +169,35 @@ def test_cheaper_schedules_cost_what_they_say(tiny, tmp_path):
         assert results["num_gradient_evaluations"] == pytest.approx(cost), overrides
 
 
+def test_warm_start_goes_on_from_the_weights_of_a_finished_run_and_adds_its_cost(tiny, tmp_path):
+    first = train_and_evaluate(tiny("baseline", "num_epochs=2"), tmp_path / "first")
+    overrides = [f"warm_start={tmp_path / 'first'}", "num_epochs=1", "optimizer.learning_rate=1e-30", "seed=5"]
+    second = train_and_evaluate(tiny("sast", *overrides), tmp_path / "second")
+    assert_trees_equal(load_run(tmp_path / "first").params, load_run(tmp_path / "second").params)
+    assert second["num_gradient_evaluations"] == 2 * 3
+    assert second["warm_start_cost"]["num_gradient_evaluations"] == first["num_gradient_evaluations"] == 6
+    third = train_and_evaluate(tiny("sast", *overrides[1:], f"warm_start={tmp_path / 'second'}"), tmp_path / "third")
+    assert third["warm_start_cost"]["num_gradient_evaluations"] == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("network.features=9", r"\['dense_0'\]\['bias'\] is \(8,\) there and \(9,\) here; .*set config.network"),
+        ("dataset.seed=1", "may have seen samples"),
+        ("", "has not finished"),
+    ],
+)
+def test_warm_start_from_other_weights_data_or_an_unfinished_run_is_refused(tiny, tmp_path, change, message):
+    train_and_evaluate(tiny("baseline", "num_epochs=1"), tmp_path / "first")
+    if not change:
+        (tmp_path / "first" / "results.json").unlink()
+    overrides = [f"warm_start={tmp_path / 'first'}", *filter(None, [change])]
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(tiny("sast", *overrides), tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
 @pytest.mark.parametrize("perturbation", ["same", "independent"])
 def test_until_its_start_a_run_is_the_baseline_bit_for_bit(tiny, tmp_path, perturbation):
     train_and_evaluate(tiny("baseline"), tmp_path / "baseline")

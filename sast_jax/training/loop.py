@@ -26,6 +26,7 @@ from sast_jax.training.run import (
     RUNS,
     check_workdir,
     environment,
+    load_warm_start,
     read_json,
     register,
     run_members,
@@ -50,7 +51,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
 
     Returns:
         The content of `results.json`: accuracies and gap as fractions of the test samples, gradient evaluations (of one
-        batch each), wall time of training in seconds, and the config.
+        batch each), wall time of training in seconds, what both were before a warm start, and the config.
 
     Raises:
         UserError: If the config or the data are wrong, the folder belongs to another config, or a metric is not finite.
@@ -65,7 +66,6 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     refuse(config_lib.find_problems(config))
     splits = load_data(config)
     data = splits.describe()
-    register(workdir, config, data)
     num_train = data["num_train"]
     steps_per_epoch = num_train // config.batch_size
     num_steps = config.num_epochs * steps_per_epoch
@@ -73,6 +73,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
     network = make_network(config, splits.num_classes)
     tx = make_optimizer(config, num_steps)
     state = init_state(network, tx, take_batch(splits.train, np.arange(1)).frames, seed=config.seed)
+    warm_start_cost = {"num_gradient_evaluations": 0.0, "wall_time_seconds": 0.0}
+    if config.warm_start:
+        params, before = load_warm_start(config.warm_start, state.params, data)
+        earlier = before.get("warm_start_cost", warm_start_cost)  # Of the run that the warm start began with itself.
+        warm_start_cost = {key: before[key] + earlier[key] for key in warm_start_cost}
+        state = init_state(network, tx, splits.train.frames, seed=config.seed, params=params)
+    register(workdir, config, data)
     train_step = make_train_step(network, tx, config.mode, num_microbatches=config.num_microbatches)
     eval_step = make_eval_step(network)
     perturbs = sam_schedule(config, num_steps)
@@ -142,6 +149,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
         else None,
         "num_gradient_evaluations": num_steps + num_perturbed * perturbation_batch_size / config.batch_size,
         "wall_time_seconds": seconds(),
+        "warm_start_cost": warm_start_cost,
         "median_epoch_seconds": float(np.median(epoch_seconds)) if epoch_seconds else None,
         "environment": environment(),
         "config": config_lib.to_json(config),

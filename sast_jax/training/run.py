@@ -125,6 +125,7 @@ class Run(NamedTuple):
         config: The config it was trained with.
         results: What `results.json` holds, or `None` if training has not finished.
         step: Optimizer steps that the weights have had.
+        workdir: Its folder.
     """
 
     network: SpikingNetwork
@@ -132,6 +133,7 @@ class Run(NamedTuple):
     config: ml_collections.ConfigDict
     results: dict[str, Any] | None
     step: int
+    workdir: Path
 
     def predict(self, frames: np.ndarray, mode: Mode = "hard") -> jax.Array:
         """Returns the logits `[B, K]` of event frames.
@@ -147,6 +149,41 @@ class Run(NamedTuple):
 
 
 _apply = jax.jit(lambda network, params, frames, mode: network.apply({"params": params}, frames, mode), static_argnums=(0, 3))
+
+
+def load_warm_start(workdir: str | Path, params: Any, description: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Loads the finished run whose weights another run begins with.
+
+    Args:
+        workdir: Folder of the finished run, as for `load_run`.
+        params: Weights, or their shapes, of the run that begins.
+        description: What identifies the data of the run that begins.
+
+    Returns:
+        Its weights and its results.
+
+    Raises:
+        UserError: If it has not finished, its weights have other shapes, or it had other splits of the same data set, so that
+            samples tested here may have been trained on there.
+    """
+    run = load_run(workdir)
+    there = read_json(Path(run.workdir) / RUN)["data"]
+    heading = f"warm_start: the run {str(run.workdir)!r}"
+    if run.results is None:
+        raise UserError(f"{heading} has not finished; finish it with its own `sast-jax train` command")
+    shapes = [
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(p)} for p in (run.params, params)
+    ]
+    differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+    if differing:
+        listed = "; ".join(f"{key} is {shapes[0].get(key)} there and {shapes[1].get(key)} here" for key in differing)
+        raise UserError(f"{heading} is of a network of other weights: {listed}; set config.network as there")
+    if there["checksum"] != description["checksum"]:
+        raise UserError(
+            f"{heading} was trained on other data ({there}) than this run's ({description}), so it may have seen samples that "
+            "are tested here; set config.dataset as there"
+        )
+    return run.params, run.results
 
 
 def load_run(workdir: str | Path) -> Run:
@@ -173,4 +210,4 @@ def load_run(workdir: str | Path) -> Run:
         raise UserError(f"--workdir: {str(workdir)!r} has no checkpoint yet; run `sast-jax train` with its config first")
     network = make_network(config, run["data"]["num_classes"])
     params, step = restored
-    return Run(network, params, config, read_json(workdir / RESULTS), step)
+    return Run(network, params, config, read_json(workdir / RESULTS), step, workdir)

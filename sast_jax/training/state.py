@@ -32,7 +32,9 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def init_state(network: nn.Module, tx: optax.GradientTransformation, frames: jax.typing.ArrayLike, *, seed: int) -> TrainState:
+def init_state(
+    network: nn.Module, tx: optax.GradientTransformation, frames: jax.typing.ArrayLike, *, seed: int, params: Any = None
+) -> TrainState:
     """Returns the state before the first step.
 
     Args:
@@ -40,14 +42,16 @@ def init_state(network: nn.Module, tx: optax.GradientTransformation, frames: jax
         tx: Optimizer, with or without `sam` before it.
         frames: `[T, B, H, W, C]`, for its shape; B may be 1.
         seed: Seed of the weights.
+        params: Weights to begin with instead; copied.
     """
 
     @jax.jit
-    def init(key):
-        params = network.init(key, jnp.zeros(frames.shape, jnp.float32))["params"]
+    def init(key, params):
+        if params is None:
+            params = network.init(key, jnp.zeros(frames.shape, jnp.float32))["params"]
         return TrainState(step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params))
 
-    return init(jax.random.key(seed))
+    return init(jax.random.key(seed), params)
 
 
 def make_train_step(
