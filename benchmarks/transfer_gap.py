@@ -55,13 +55,20 @@ def parse(parser):
     return args, [text.removeprefix("--config.") for text in rest]
 
 
+def load(args, overrides, variant, **fields):
+    """Returns the config of a variant with `fields`."""
+    (config,) = load_configs(
+        f"{args.config}:{variant}", [*overrides, *(f"{key}={value}" for key, value in fields.items())]
+    ).values()
+    return config
+
+
 def train(args, overrides, variant, seed, **fields):
     """Trains a variant, or finds it trained, and returns its results."""
     fields = {"seed": seed, **fields}
-    name = "-".join([variant, *(f"{key.rpartition('.')[2]}{value}" for key, value in fields.items())])
-    own = [f"{key}={value}" for key, value in fields.items()]
-    (config,) = load_configs(f"{args.config}:{variant}", [*overrides, *own]).values()
-    return train_and_evaluate(config, args.workdir / name, title=name)
+    words = (f"{key.rpartition('.')[2]}{Path(value).name if key == 'warm_start' else value}" for key, value in fields.items())
+    name = "-".join([variant, *words])
+    return train_and_evaluate(load(args, overrides, variant, **fields), args.workdir / name, title=name)
 
 
 def describe(args, overrides, runs):
@@ -93,7 +100,9 @@ def summary(runs):
         "surrogate": [100 * run["surrogate_accuracy"] for run in runs],
         "hard": [100 * run["hard_accuracy"] for run in runs],
         "gap": [100 * run["transfer_gap"] for run in runs],
-        "gradient_evaluations": [run["num_gradient_evaluations"] for run in runs],
+        "gradient_evaluations": [
+            run["num_gradient_evaluations"] + run.get("warm_start_cost", {}).get("num_gradient_evaluations", 0) for run in runs
+        ],
         "epoch_seconds": [run["median_epoch_seconds"] for run in runs],
         "seconds": [run["wall_time_seconds"] for run in runs],
     }
@@ -108,14 +117,14 @@ def summary(runs):
 
 
 def table(methods, titles, time):
-    """Rows of results by method, costs relative to the baseline; `time` is the key and the heading of what is timed."""
+    """Rows of results by method, costs relative to the baseline; `time` is the heading and the ratios by method."""
 
     def cell(row, key):
         error = row[key]["standard_error"]
         seeds = ", ".join(f"{value:.1f}" for value in row[key]["values"])
         return f"{row[key]['mean']:.1f}{'' if error is None else f' ± {error:.1f}'} <br><sub>{seeds}</sub>"
 
-    key, heading = time
+    heading, ratios = time
     lines = [
         f"| training | surrogate accuracy, % | hard-spike accuracy, % | transfer gap, points | gradients | {heading} |",
         "|---|---|---|---|---|---|",
@@ -123,9 +132,8 @@ def table(methods, titles, time):
     baseline = methods["baseline"]
     for name, row in methods.items():
         gradients = row["gradient_evaluations"]["mean"] / baseline["gradient_evaluations"]["mean"]
-        ratio = np.median(np.divide(row[key]["values"], baseline[key]["values"]))
         cells = " | ".join(cell(row, each) for each in ("surrogate", "hard", "gap"))
-        lines.append(f"| {titles[name]} | {cells} | {gradients:.3g}x | {ratio:.2f}x |")
+        lines.append(f"| {titles[name]} | {cells} | {gradients:.3g}x | {ratios[name]:.2f}x |")
     return "\n".join(lines) + "\n"
 
 
@@ -136,8 +144,7 @@ def caption(results):
     machine = f"{environment['num_cores']} {environment['device'].upper()} cores"
     return (
         f"Mean ± standard error over seeds {seeds}, listed below it; {data['num_train']} training, {data['num_validation']} "
-        f"validation and {data['num_test']} test recordings. A baseline run: {seconds:.0f} s on {machine}; times are median "
-        "ratios to the baseline of the same seed."
+        f"validation and {data['num_test']} test recordings. A baseline run: {seconds:.0f} s on {machine}."
     )
 
 
@@ -148,8 +155,11 @@ def markdown(results):
         f"Radius chosen on the validation part with seeds {', '.join(map(str, results['selection_seeds']))} from "
         f"{', '.join(f'{float(rho):g}' for rho in results['selection'])}."
     )
-    text = " ".join(filter(None, [caption(results), radius, PAPER.get(results["name"])]))
-    return table(results["methods"], titles, ("epoch_seconds", "epoch time")) + f"\n{text}\n"
+    times = "Times are median ratios to the baseline of the same seed."
+    text = " ".join(filter(None, [caption(results), times, radius, PAPER.get(results["name"])]))
+    seconds = {name: row["epoch_seconds"]["values"] for name, row in results["methods"].items()}
+    ratios = {name: float(np.median(np.divide(each, seconds["baseline"]))) for name, each in seconds.items()}
+    return table(results["methods"], titles, ("epoch time", ratios)) + f"\n{text}\n"
 
 
 def draw(results, path):

@@ -166,7 +166,7 @@ def _call(get_config, variant: str, path: str) -> tuple[ml_collections.ConfigDic
         raise UserError(f"--config: {path!r} with variant {variant!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config: get_config of {path!r} must return an ml_collections.ConfigDict; got {type(config).__name__}")
-    config = _with_defaults(_with_tuples(config.copy_and_resolve_references().unlock()))
+    config = with_defaults(_with_tuples(config.copy_and_resolve_references().unlock()))
     variants = tuple(config.get(_VARIANTS, ())) or ("",)
     if _VARIANTS in config:
         del config[_VARIANTS]
@@ -195,7 +195,7 @@ def from_json(value: dict[str, Any], *, heading: str = "") -> ml_collections.Con
     Raises:
         UserError: Listing every problem.
     """
-    config = _with_defaults(_with_tuples(ml_collections.ConfigDict(value)))
+    config = with_defaults(_with_tuples(ml_collections.ConfigDict(value)))
     refuse(find_problems(config, with_data=False), heading)
     return config.lock()
 
@@ -207,7 +207,8 @@ def _with_tuples(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     return config
 
 
-def _with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Sets the fields that a config leaves out and may leave out, and returns it."""
     present = flatten(config)
     for key, field in SCHEMA.items():
         if field.default is not None and key not in present and key.partition(".")[0] not in present:

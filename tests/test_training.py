@@ -266,6 +266,17 @@ def test_counts_are_cut_as_in_training(tiny, tmp_path):
     np.testing.assert_array_equal(run.predict(frames), run.predict(np.minimum(frames, 1)))
 
 
+def test_run_of_an_earlier_version_without_a_newer_field_is_the_run_of_its_default(tiny, tmp_path):
+    train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    del run["config"]["warm_start"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    assert load_run(tmp_path / "run").config.warm_start == ""
+    assert train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path / "run")["num_test"] == 20
+    with pytest.raises(UserError, match="warm_start: the run has '', the config 'elsewhere'"):
+        train_and_evaluate(tiny("sast", "num_epochs=1", "warm_start=elsewhere"), tmp_path / "run")
+
+
 def test_pair_is_trained_side_by_side_and_radius_override_spares_the_baseline(tiny, small_nmnist, tmp_path):
     configs = load_configs("configs/nmnist.py", [*TINY, f"dataset.root={small_nmnist}", "num_epochs=1", "sam.rho=0.2"])
     results = train_variants(configs, tmp_path)

@@ -75,7 +75,7 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     if run is None and (workdir / RESULTS).exists():
         raise UserError(f"--workdir: {str(workdir)!r} has {RESULTS} but no {RUN}; choose another folder")
     if run is not None:
-        old = config_lib.flatten(run["config"])
+        old = config_lib.flatten(config_lib.with_defaults(ml_collections.ConfigDict(run["config"])))
         new = config_lib.flatten(config_lib.to_json(config))
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in _MAY_MOVE]
         refuse(
