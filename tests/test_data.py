@@ -1,10 +1,22 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sast_jax import data
-from sast_jax.data import DESCENT, PERTURBATION, batch_indices, bin_events, cache, evaluation_batches, recorded, simulated
+from sast_jax.data import (
+    DESCENT,
+    PERTURBATION,
+    batch_indices,
+    bin_events,
+    cache,
+    decoders,
+    evaluation_batches,
+    recorded,
+)
 from sast_jax.data.events import EVENT_DTYPE
 from sast_jax.errors import UserError
 from tests.conftest import write_nmnist_file
@@ -37,53 +49,6 @@ def test_more_than_255_events_saturate():
 def test_impossible_event_is_refused(event):
     with pytest.raises(ValueError, match=r"event [xypt] must be 0"):
         bin_events(np.array([event], EVENT_DTYPE), sensor_size=(4, 5), num_time_steps=2, duration=10)
-
-
-def blob():
-    y, x = np.mgrid[:8, :8]
-    return np.exp(-((x - 3) ** 2 + (y - 4) ** 2) / 4)
-
-
-def test_simulated_recording_depends_on_seed_position_and_its_image_alone():
-    images = np.stack([blob(), blob().T, blob()[::-1]])
-    first = list(simulated.simulate_saccades(images, seed=3))
-    other = list(simulated.simulate_saccades(np.stack([images[0], images[0], images[2]]), seed=3))
-    np.testing.assert_array_equal(first[0], other[0])
-    np.testing.assert_array_equal(first[2], other[2])
-    assert len(first[1]) != len(other[1]) or (first[1] != other[1]).any()
-    assert (first[0][:20] != next(iter(simulated.simulate_saccades(images, seed=4)))[:20]).any()
-
-
-def test_simulated_recording_has_the_form_of_an_n_mnist_recording():
-    (events,) = simulated.simulate_saccades(blob()[None], seed=0)
-    assert (np.diff(events["t"]) >= 0).all()
-    assert events["t"].min() >= 0
-    assert events["t"].max() < 300_000
-    assert all(events[axis].min() >= 0 and events[axis].max() <= 33 for axis in "xy")
-    assert 1_000 < len(events) < 10_000
-    assert 0.3 < events["p"].mean() < 0.7
-
-
-def test_still_and_uniform_scene_shows_noise_alone():
-    recordings = list(simulated.simulate_saccades(np.zeros((40, 8, 8)), seed=0))
-    expected = simulated.NOISE_RATE * 34 * 34 * 0.3
-    mean = np.mean([len(events) for events in recordings])
-    assert mean == pytest.approx(expected, abs=5 * np.sqrt(expected / 40))
-
-
-def test_an_edge_that_brightens_emits_one_event_per_threshold_of_log_intensity():
-    rows = np.zeros((1, 2, 34, 34), np.float32)
-    images = np.ones((1, 40, 40), np.float32)
-    shifts = np.zeros((1, 3, 2))
-    thresholds = np.full((34, 34), 0.5, np.float32)
-    # The image fills the middle 24 pixels; moved right by 1, the column it enters goes from dark to bright.
-    shifts[0, 1:, 0] = 1.0
-    counts = simulated._contrast_changes(images, shifts, thresholds)
-    assert counts.shape == rows.shape
-    rise = np.log((1.0 + simulated.DARK_CURRENT) / simulated.DARK_CURRENT)
-    assert counts[0].max() == int(rise / 0.5)
-    assert counts[0].min() == -int(rise / 0.5)
-    assert not counts[0, 1].any()
 
 
 @given(seed=st.integers(0, 1000), num_second=st.integers(0, 59))
@@ -120,11 +85,16 @@ def test_digits_come_in_disjoint_parts_of_the_stated_sizes_and_from_the_cache():
 def test_recording_is_read_as_it_was_written(tmp_path):
     events = [(3, 7, 5, 1), (33, 0, 70_000, 0), (0, 33, 300_001, 1)]
     write_nmnist_file(tmp_path / "a.bin", events)
-    assert recorded.read_nmnist_file(tmp_path / "a.bin").tolist() == events
+    assert decoders.read_nmnist_file(tmp_path / "a.bin").tolist() == events
+
+
+def read_nmnist(folder, **more):
+    entry = data.CATALOGUE["nmnist"]
+    return recorded.read_recordings("nmnist", folder, sensor_size=entry.sensor_size, duration=entry.duration, **more)
 
 
 def test_folder_is_read_whole_with_labels_and_ids(small_nmnist):
-    recordings = recorded.read_nmnist(small_nmnist, num_time_steps=5)
+    recordings = read_nmnist(small_nmnist, num_time_steps=5)
     assert recordings.frames.shape == (60, 5, 34, 34, 2)
     assert recordings.ids[0] == "Test/0/00000"
     assert all(int(name.split("/")[1]) == label for name, label in zip(recordings.ids, recordings.labels, strict=True))
@@ -145,9 +115,9 @@ def test_every_damaged_file_is_named_at_once(small_nmnist):
     write_nmnist_file(small_nmnist / "Train/6/00000.bin", [(40, 1, 10, 0)])
     write_nmnist_file(small_nmnist / "Train/7/00000.bin", [(1, 1, 10, 0), (1, 1, 5, 0)])
     with pytest.raises(UserError) as error:
-        recorded.read_nmnist(small_nmnist, num_time_steps=5)
+        data.load_dataset("nmnist", root=str(small_nmnist), num_time_steps=5, num_validation=10)
     text = str(error.value)
-    assert "5 of 60 files are no N-MNIST recordings" in text
+    assert f"5 problems with the files of {str(small_nmnist)!r}" in text
     for line in (
         "Train/3/00001.bin: size must be a positive multiple of 5 bytes; got 7",
         "Test/4/00000.bin: size must be a positive multiple of 5 bytes; got 0",
@@ -159,13 +129,13 @@ def test_every_damaged_file_is_named_at_once(small_nmnist):
 
 
 def test_folder_may_be_the_one_around(small_nmnist, tmp_path, monkeypatch):
-    assert recorded.find_nmnist(str(small_nmnist), download=False) == small_nmnist
+    assert recorded.find_recordings("nmnist", str(small_nmnist), download=False) == small_nmnist
     around = tmp_path / "around"
     around.mkdir()
     (around / "NMNIST").symlink_to(small_nmnist)
-    assert recorded.find_nmnist(str(around), download=False) == around / "NMNIST"
+    assert recorded.find_recordings("nmnist", str(around), download=False) == around / "NMNIST"
     monkeypatch.setenv("SAST_JAX_DATA", str(around))
-    assert recorded.find_nmnist("", download=False) == around / "NMNIST"
+    assert recorded.find_recordings("nmnist", "", download=False) == around / "NMNIST"
 
 
 def test_missing_wrong_or_empty_folder_is_named(tmp_path, monkeypatch):
@@ -177,12 +147,12 @@ def test_missing_wrong_or_empty_folder_is_named(tmp_path, monkeypatch):
         ("", "is not set"),
         (tmp_path / "none", "does not exist"),
         (tmp_path / "file", "is not a folder"),
-        (tmp_path, "has no Train/ and Test/"),
+        (tmp_path, "holds none; with recordings of N-MNIST it must hold Train/<digit>/"),
     ):
         with pytest.raises(UserError, match=message):
-            recorded.find_nmnist(str(root), download=False)
-    with pytest.raises(UserError, match=r"(?s)Train' holds no recordings.*Test' holds no recordings"):
-        recorded.read_nmnist(tmp_path / "empty", num_time_steps=3)
+            recorded.find_recordings("nmnist", str(root), download=False)
+    with pytest.raises(UserError, match=r"empty' holds no recordings of the training part"):
+        data.load_dataset("nmnist", root=str(tmp_path / "empty"), num_time_steps=3, num_validation=0)
 
 
 def test_existing_folder_is_never_downloaded_and_a_failed_download_says_what_to_do(small_nmnist, tmp_path, monkeypatch):
@@ -192,9 +162,9 @@ def test_existing_folder_is_never_downloaded_and_a_failed_download_says_what_to_
         raise RuntimeError("no network")
 
     monkeypatch.setattr(tonic.datasets, "NMNIST", fail)
-    assert recorded.find_nmnist(str(small_nmnist), download=True) == small_nmnist
+    assert recorded.find_recordings("nmnist", str(small_nmnist), download=True) == small_nmnist
     with pytest.raises(UserError, match=r"could not download.*no network.*Train.zip and Test.zip"):
-        recorded.find_nmnist(str(tmp_path / "new"), download=True)
+        recorded.find_recordings("nmnist", str(tmp_path / "new"), download=True)
 
 
 def test_download_is_left_to_tonic(small_nmnist, tmp_path, monkeypatch):
@@ -204,17 +174,21 @@ def test_download_is_left_to_tonic(small_nmnist, tmp_path, monkeypatch):
 
     def download(save_to, train):
         asked.append(train)
-        if not (tmp_path / "new").exists():
-            (tmp_path / "new").mkdir()
-            (tmp_path / "new" / "NMNIST").symlink_to(small_nmnist)
+        part = "Train" if train else "Test"
+        shutil.copytree(small_nmnist / part, Path(save_to) / "NMNIST" / part)
 
     monkeypatch.setattr(tonic.datasets, "NMNIST", download)
-    assert recorded.find_nmnist(str(tmp_path / "new"), download=True) == tmp_path / "new" / "NMNIST"
+    folder = recorded.find_recordings("nmnist", str(tmp_path / "new"), download=True)
+    assert folder == tmp_path / "new" / "NMNIST"
+    assert sorted(path.name for path in folder.iterdir()) == ["Test", "Train"]
     assert asked == [True, False]
+    shutil.rmtree(folder / "Test")  # What is there is not downloaded again.
+    recorded.find_recordings("nmnist", str(tmp_path / "new"), download=True)
+    assert asked == [True, False, False]
 
 
 def test_real_recordings_are_read_whole(nmnist_root):
-    recordings = recorded.read_nmnist(nmnist_root, num_time_steps=10)
+    recordings = read_nmnist(nmnist_root, num_time_steps=10)
     assert len(recordings.labels) == 900
     assert np.bincount(recordings.labels[np.char.startswith(recordings.ids, "Test/")]).tolist() == [20] * 10
     files = [nmnist_root / f"{name}.bin" for name in recordings.ids]

@@ -33,8 +33,10 @@ SAMPLE_AXES = Batch(frames=1, labels=0, mask=0)  # type: ignore[arg-type]
 """Which axis of each array of a batch counts its samples."""
 
 
-def batch_indices(num_samples: int, batch_size: int, *, seed: int, stream: int, step: int) -> np.ndarray:
-    """Returns the samples of a training batch.
+def batch_indices(
+    num_samples: int, batch_size: int, *, seed: int, stream: int, step: int, process_index: int = 0, process_count: int = 1
+) -> np.ndarray:
+    """Returns the samples of a training batch, or a host's share of them.
 
     Each epoch of a stream is a fresh shuffle, cut into `num_samples // batch_size` batches; what is left over is left out
     of that epoch. Streams are shuffled by independently seeded generators. Over a finite set the streams are
@@ -46,12 +48,21 @@ def batch_indices(num_samples: int, batch_size: int, *, seed: int, stream: int, 
         seed: Non-negative seed of the run.
         stream: `DESCENT` or `PERTURBATION`.
         step: Step, from 0.
+        process_index: Which host asks, as `jax.process_index()`.
+        process_count: Number of hosts; it divides `batch_size`. Their shares in order are the batch of a single host.
 
     Returns:
-        int64 `[batch_size]`, without repetition.
+        int64 `[batch_size / process_count]`, without repetition.
+
+    Raises:
+        ValueError: If the hosts cannot have equal shares.
     """
+    if batch_size % process_count or not 0 <= process_index < process_count:
+        raise ValueError(f"{process_count} hosts cannot share a batch of {batch_size}, or there is no host {process_index}")
     epoch, position = divmod(step, num_samples // batch_size)
-    return _shuffle(num_samples, seed, stream, epoch)[position * batch_size : (position + 1) * batch_size]
+    share = batch_size // process_count
+    start = position * batch_size + process_index * share
+    return _shuffle(num_samples, seed, stream, epoch)[start : start + share]
 
 
 @functools.lru_cache(maxsize=4)

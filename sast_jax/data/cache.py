@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from sast_jax.errors import UserError
 from sast_jax.files import atomic_write
 
+_LOGGER = logging.getLogger(__name__)
+
 
 class Recordings(NamedTuple):
     """Binned recordings of N samples.
@@ -20,20 +23,22 @@ class Recordings(NamedTuple):
         frames: uint8 `[N, T, H, W, 2]` event counts.
         labels: int32 `[N]`.
         ids: str `[N]`, the name of each recording in its data set.
+        skipped: str `[M]`, what could not be read, a line per file with the reason.
     """
 
     frames: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    skipped: np.ndarray = np.array([], np.str_)
 
     def take(self, index: np.ndarray) -> "Recordings":
         """Returns the samples with the given indices, in that order."""
         return Recordings(self.frames[index], self.labels[index], self.ids[index])
 
     def checksum(self) -> str:
-        """SHA-256 over shapes, dtypes and bytes of all arrays."""
+        """SHA-256 over shapes, dtypes and bytes of frames, labels and ids."""
         digest = hashlib.sha256()
-        for array in self:
+        for array in (self.frames, self.labels, self.ids):
             digest.update(f"{array.shape}{array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -74,7 +79,14 @@ def load_or_build(description: dict[str, Any], build: Callable[[], Recordings]) 
 def _load(path: Path) -> Recordings | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            recordings = Recordings(**{name: arrays[name] for name in Recordings._fields})
-            return recordings if recordings.checksum() == arrays["checksum"].item() else None
-    except Exception:  # What a damaged archive raises depends on where the damage is.
+            # Nothing is stored compressed, so nothing can be larger than the file.
+            if sum(entry.file_size for entry in arrays.zip.infolist()) <= path.stat().st_size:
+                recordings = Recordings(**{name: arrays[name] for name in Recordings._fields})
+                if recordings.checksum() == arrays["checksum"].item():
+                    return recordings
+    except FileNotFoundError:
         return None
+    except Exception as error:  # What a damaged archive raises depends on where the damage is.
+        _LOGGER.debug("%s", error)
+    _LOGGER.warning("the cache file %r is damaged or of another version; its recordings are read and binned anew", str(path))
+    return None
