@@ -1,15 +1,16 @@
 """Spiking networks as linen modules: one definition, any mode on the same weights, two orders of work."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, lif_step, rate_readout
-from sast_jax.spikes import Mode, spike_fn
+from sast_jax.spikes import Mode, SpikeFn, spike_fn
 
 Order = Literal["layer_major", "step_major"]
 Readout = Literal["leaky", "rate"]
@@ -28,6 +29,19 @@ class NetworkOutput(NamedTuple):
 
     logits: jax.Array
     spikes: tuple[jax.Array, ...]
+
+
+class Calibration(NamedTuple):
+    """What may be set for each layer of spiking neurons once the weights are frozen.
+
+    Attributes:
+        thresholds: Threshold of each layer, a number or `[C]` for each channel, in place of the network's.
+        gains: Factor of each layer's spikes on their way to the next one, a number or `[C]`; the reset does not see it, and
+            a chip folds it into the next layer's weights.
+    """
+
+    thresholds: tuple[jax.typing.ArrayLike, ...]
+    gains: tuple[jax.typing.ArrayLike, ...]
 
 
 @jax.custom_vjp
@@ -96,7 +110,7 @@ class Convolution(nn.Module):
 
 
 class SpikingNetwork(nn.Module):
-    """Stages of synapse and neurons, then a linear readout. Subclasses say what the synapses are.
+    """Layers of synapse and neurons, then a readout. Subclasses say what the synapses are.
 
     The mode is an argument of the call and never part of the weights: the same `params` serve all three modes.
 
@@ -128,9 +142,36 @@ class SpikingNetwork(nn.Module):
     order: Order = "layer_major"
     unroll: int | None = 1
 
-    def make_synapses(self) -> list[Callable[[jax.Array], jax.Array]]:
-        """Returns, per stage and last for the readout, the function from spikes or frames `[B, ...]` to current `[B, ...]`."""
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers in order, as in the tree of weights; the last is the readout."""
         raise NotImplementedError
+
+    @property
+    def num_spiking(self) -> int:
+        """Number of layers with spiking neurons: all, or all but a leaky readout."""
+        return len(self.layer_names) - (self.readout == "leaky")
+
+    def make_synapses(self) -> list[nn.Module]:
+        """Returns the weights of each layer: a module from what `pool` returns, divided by `pool_area`, to current."""
+        raise NotImplementedError
+
+    def pool(self, index: int, x: jax.Array) -> jax.Array:
+        """Returns what reaches the weights of a layer: sums over its pooling windows, flattened for dense weights.
+
+        Args:
+            index: Number of the layer, from 0.
+            x: `[B, ...]` frames, or spikes of the layer before.
+        """
+        raise NotImplementedError
+
+    def pool_area(self, index: int) -> int:
+        """Returns the number of neurons in a pooling window of a layer; the mean over it is what its weights see."""
+        raise NotImplementedError
+
+    def current(self, index: int, x: jax.Array) -> jax.Array:
+        """Returns the current `[B, ...]` of a layer from frames, or from the spikes of the layer before, `[B, ...]`."""
+        return self.synapses[index](self.pool(index, x) / self.pool_area(index))
 
     @property
     def kernel_init(self) -> nn.initializers.Initializer:
@@ -145,52 +186,70 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f"readout must be one of {', '.join(READOUTS)}; got {self.readout!r}")
         self.synapses = self.make_synapses()
 
-    def __call__(self, frames: jax.Array, mode: Mode = "surrogate") -> NetworkOutput:
+    def __call__(
+        self,
+        frames: jax.Array,
+        mode: Mode | Sequence[Mode | SpikeFn] = "surrogate",
+        calibration: Calibration | None = None,
+    ) -> NetworkOutput:
         """Applies the network.
 
         Args:
             frames: `[T, B, H, W, C]` event frames.
-            mode: `surrogate`, `hard` or `straight_through`.
+            mode: `surrogate`, `hard` or `straight_through`; or for each layer of spiking neurons one of them or a spike function.
+            calibration: Thresholds and gains of each layer; `None`: the network's threshold, gain 1.
 
         Returns:
             Logits and the spikes of each layer.
+
+        Raises:
+            ValueError: If there are not as many modes as layers of spiking neurons.
         """
-        neuron = {
-            "decay": self.decay,
-            "threshold": self.threshold,
-            "reset": self.reset,
-            "spike_fn": spike_fn(mode, self.family, self.slope),
-        }
         run = self._layer_major if self.order == "layer_major" else self._step_major
-        spikes, outputs = run(frames, neuron)
+        gains = None if calibration is None else calibration.gains
+        spikes, outputs = run(frames, self.neurons(mode, calibration), gains)
         if self.readout == "rate":
             return NetworkOutput(rate_readout(outputs), spikes)
         return NetworkOutput(leaky_readout(outputs, self.readout_decay), spikes)
 
-    @property
-    def _num_spiking(self) -> int:
-        return len(self.synapses) - (self.readout == "leaky")
+    def neurons(self, mode: Mode | Sequence[Mode | SpikeFn], calibration: Calibration | None = None) -> list[dict[str, Any]]:
+        """Returns the arguments of `lif_step` for each layer of spiking neurons; see `__call__`."""
+        modes = [mode] * self.num_spiking if isinstance(mode, str) else list(mode)
+        if len(modes) != self.num_spiking:
+            raise ValueError(f"mode must be one name or {self.num_spiking}, one per layer of spiking neurons; got {mode!r}")
+        thresholds = [self.threshold] * self.num_spiking if calibration is None else calibration.thresholds
+        return [
+            {
+                "decay": self.decay,
+                "threshold": threshold,
+                "reset": self.reset,
+                "spike_fn": mode if callable(mode) else spike_fn(mode, self.family, self.slope),
+            }
+            for mode, threshold in zip(modes, thresholds, strict=True)
+        ]
 
-    def _layer_major(self, frames, neuron):
+    def _layer_major(self, frames, neurons, gains):
         num_time_steps, batch_size = frames.shape[:2]
         spikes, x = [], frames
-        for index, synapse in enumerate(self.synapses):
-            current = synapse(x.reshape(-1, *x.shape[2:]))
+        for index in range(len(self.synapses)):
+            current = self.current(index, x.reshape(-1, *x.shape[2:]))
             x = current.reshape(num_time_steps, batch_size, *current.shape[1:])
-            if index < self._num_spiking:
-                x, _ = lif(x, unroll=self.unroll or num_time_steps, **neuron)
+            if index < self.num_spiking:
+                x, _ = lif(x, unroll=self.unroll or num_time_steps, **neurons[index])
                 spikes.append(x)
+                x = x if gains is None else gains[index] * x
         return tuple(spikes), x
 
-    def _step_major(self, frames, neuron):
+    def _step_major(self, frames, neurons, gains):
         def step(network, states, x):
             new_states = []
-            for index, synapse in enumerate(network.synapses):
-                x = synapse(x)
-                if index < network._num_spiking:
+            for index in range(len(network.synapses)):
+                x = network.current(index, x)
+                if index < network.num_spiking:
                     state = lif_init(x) if states is None else states[index]
-                    new_states.append(lif_step(state, x, **neuron))
+                    new_states.append(lif_step(state, x, **neurons[index]))
                     x = new_states[-1].spikes
+                    x = x if gains is None else gains[index] * x
             return tuple(new_states), x
 
         def scan_step(network, states, x):
@@ -210,10 +269,6 @@ class SpikingNetwork(nn.Module):
         return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
 
-def _flattened(layer):
-    return lambda x: layer(x.reshape(x.shape[0], -1))
-
-
 class SpikingMLP(SpikingNetwork):
     """Fully connected spiking network.
 
@@ -223,11 +278,23 @@ class SpikingMLP(SpikingNetwork):
 
     features: tuple[int, ...] = (512,)
 
-    def make_synapses(self) -> list[Callable[[jax.Array], jax.Array]]:
-        """Dense layers over all pixels or neurons of the stage before."""
-        sizes = {f"dense_{i}": features for i, features in enumerate(self.features)} | {"readout": self.num_classes}
-        dense = [nn.Dense(size, kernel_init=self.kernel_init, name=name) for name, size in sizes.items()]
-        return [_flattened(layer) for layer in dense]
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """As `dense_0`, `dense_1`, `readout`."""
+        return (*(f"dense_{i}" for i in range(len(self.features))), "readout")
+
+    def make_synapses(self) -> list[nn.Module]:
+        """Dense layers over all pixels or neurons of the layer before."""
+        sizes = zip(self.layer_names, (*self.features, self.num_classes), strict=True)
+        return [nn.Dense(size, kernel_init=self.kernel_init, name=name) for name, size in sizes]
+
+    def pool(self, index: int, x: jax.Array) -> jax.Array:
+        """No pooling: flattened."""
+        return x.reshape(x.shape[0], -1)
+
+    def pool_area(self, index: int) -> int:
+        """No pooling: 1."""
+        return 1
 
 
 class SpikingConvNet(SpikingNetwork):
@@ -244,23 +311,32 @@ class SpikingConvNet(SpikingNetwork):
     pool_size: int = 2
     order: Order = "step_major"
 
-    def make_synapses(self) -> list[Callable[[jax.Array], jax.Array]]:
-        """Convolutions, each but the first over pooled spikes, and a dense layer over the last pooled spikes."""
-        window = (self.pool_size, self.pool_size)
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """As `conv_0`, `conv_1`, `readout`."""
+        return (*(f"conv_{i}" for i in range(len(self.features))), "readout")
 
-        def pooled(layer):
-            return lambda x: layer(nn.avg_pool(x, window, strides=window))
-
-        convolutions = [
-            Convolution(features, self.kernel_size, self.kernel_init, name=f"conv_{i}")
-            for i, features in enumerate(self.features)
-        ]
-        dense = nn.Dense(self.num_classes, kernel_init=self.kernel_init, name="readout")
+    def make_synapses(self) -> list[nn.Module]:
+        """Convolutions, and a dense layer."""
+        *names, readout = self.layer_names
         return [
-            convolutions[0],
-            *(pooled(layer) for layer in convolutions[1:]),
-            pooled(_flattened(dense)),
+            *(
+                Convolution(features, self.kernel_size, self.kernel_init, name=name)
+                for name, features in zip(names, self.features, strict=True)
+            ),
+            nn.Dense(self.num_classes, kernel_init=self.kernel_init, name=readout),
         ]
+
+    def pool(self, index: int, x: jax.Array) -> jax.Array:
+        """Pools what reaches any layer but the first."""
+        if index > 0:
+            window = (self.pool_size, self.pool_size)
+            x = nn.pool(x, np.zeros((), x.dtype), lax.add, window, window, "VALID")
+        return x if index < len(self.features) else x.reshape(x.shape[0], -1)
+
+    def pool_area(self, index: int) -> int:
+        """The pool size squared, 1 for the first layer."""
+        return self.pool_size**2 if index > 0 else 1
 
 
 NETWORKS: dict[str, type[SpikingNetwork]] = {"conv": SpikingConvNet, "mlp": SpikingMLP}

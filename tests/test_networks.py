@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from sast_jax import SpikingConvNet, SpikingMLP
-from sast_jax.networks import convolution
+from sast_jax import SpikingConvNet, SpikingMLP, spike_fn
+from sast_jax.networks import Calibration, convolution
 
 CONV = {"num_classes": 3, "features": (4, 5), "kernel_size": 3}
 MLP = {"num_classes": 3, "features": (8, 6)}
@@ -107,6 +107,43 @@ def test_convolution_agrees_with_lax_in_value_and_gradient(size, float64):
 def test_initial_weights_have_the_stated_spread(frames):
     kernel = init(SpikingMLP(num_classes=3, features=(400,), init_gain=3.0), frames)["dense_0"]["kernel"]
     assert np.std(kernel) * np.sqrt(kernel.shape[0]) == pytest.approx(3.0, rel=0.02)
+
+
+def test_each_layer_has_the_mode_threshold_and_gain_that_it_is_given(frames, float64):
+    frames = frames.astype(np.float64)
+    thresholds, gains = (np.float64(0.5), np.linspace(0.4, 0.9, 6)), (np.linspace(0.5, 2.0, 8), np.float64(1.5))
+    outputs = []
+    for order in ("layer_major", "step_major"):
+        net = SpikingMLP(**MLP, order=order, decay=0.8)
+        params = init(net, frames)
+        outputs.append(net.apply({"params": params}, frames, ("surrogate", "hard"), Calibration(thresholds, gains)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), *outputs)
+
+    functions = (spike_fn("surrogate"), spike_fn("hard"))
+    states, total = [(0.0, 0.0), (0.0, 0.0)], 0.0
+    for x in frames.reshape(len(frames), 2, -1):
+        for index, spike in enumerate(functions):
+            u, s = states[index]
+            u = 0.8 * u * (1 - s) + x @ np.asarray(params[f"dense_{index}"]["kernel"])
+            states[index] = u, np.asarray(spike(u - thresholds[index]))
+            x = gains[index] * states[index][1]
+        total += x @ np.asarray(params["readout"]["kernel"])
+    np.testing.assert_allclose(outputs[0].logits, total / len(frames), rtol=1e-6)
+
+
+def test_calibration_of_nothing_changes_nothing(frames):
+    net = SpikingConvNet(**CONV)
+    params = init(net, frames)
+    same = Calibration((1.0, np.ones(5, np.float32)), (1.0, np.ones(5, np.float32)))
+    for mode in ("surrogate", "hard"):
+        outputs = [net.apply({"params": params}, frames, mode, each) for each in (None, same)]
+        np.testing.assert_array_equal(outputs[0].logits, outputs[1].logits)
+
+
+def test_wrong_number_of_modes_is_refused(frames):
+    net = SpikingMLP(**MLP)
+    with pytest.raises(ValueError, match="mode must be one name or 2, one per layer of spiking neurons; got \\('hard',\\)"):
+        net.init(jax.random.key(0), frames, ("hard",))
 
 
 @pytest.mark.parametrize("field", ["order", "readout"])

@@ -1,14 +1,18 @@
-"""What the swap from surrogate to hard spikes costs, on equal weights."""
+"""What the swap from surrogate to hard spikes costs, on equal weights, and where."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sast_jax.data import Batch, Recordings, evaluation_batches
+from sast_jax.evaluation.outputs import BATCH_SIZE, apply, map_recordings, predict_logits, score
+from sast_jax.networks import SpikingNetwork
 
 EvalStep = Callable[[Any, Batch], dict[str, jax.Array]]
 
@@ -59,4 +63,75 @@ def evaluate_transfer(eval_step: EvalStep, params: Any, recordings: Recordings, 
         "transfer_gap": means["surrogate_correct"] - means["hard_correct"],
         "surrogate_loss": means["surrogate_loss"],
         "hard_loss": means["hard_loss"],
+    }
+
+
+def analyze_transfer(network: SpikingNetwork, params: Any, recordings: Recordings) -> dict[str, Any]:
+    """Swaps layers one after the other and one by one, and compares the two modes' decisions and spikes.
+
+    Args:
+        network: The network.
+        params: Its weights.
+        recordings: At least one.
+
+    Returns:
+        `transfer` of `sast_jax.evaluation`.
+    """
+    transfer = evaluate_transfer(make_eval_step(network), params, recordings, BATCH_SIZE)
+    names = network.layer_names[: network.num_spiking]
+
+    @functools.cache
+    def swap(hard):
+        if len(hard) in (0, len(names)):
+            mode = "hard" if hard else "surrogate"
+            return {"accuracy": transfer[f"{mode}_accuracy"], "loss": transfer[f"{mode}_loss"]}
+        modes = tuple("hard" if name in hard else "surrogate" for name in names)
+        return score(predict_logits(network, params, recordings, modes), recordings.labels)
+
+    orders: dict[str, list[tuple[str, ...]]] = {
+        "prefix": [names[:number] for number in range(len(names) + 1)],
+        "single": [(name,) for name in names],
+    }
+    decisions, statistics = map_recordings(lambda frames: _compare(network, params, frames), recordings)
+    num_classes = network.num_classes
+    return {
+        **transfer,
+        "num_test": len(recordings.labels),
+        "layer_swap": {key: [{"hard": list(hard), **swap(hard)} for hard in order] for key, order in orders.items()},
+        "agreement": {
+            "decisions": float(np.mean(decisions["surrogate"] == decisions["hard"])),
+            "layers": {name: _agreement(each) for name, each in zip(names, statistics, strict=True)},
+        },
+        "confusion": {
+            mode: np.bincount(recordings.labels * num_classes + decided, minlength=num_classes**2)
+            .reshape(num_classes, num_classes)
+            .tolist()
+            for mode, decided in decisions.items()
+        },
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compare(network, params, frames):
+    """Decisions by mode `[B]`, and of each layer the means over neurons of what `_agreement` needs, `[B]` each."""
+    surrogate, hard = (apply(network, params, frames, mode) for mode in ("surrogate", "hard"))
+
+    def statistics(x, y):
+        x, y = (jnp.sum(spikes, axis=0).reshape(spikes.shape[1], -1) for spikes in (x, y))
+        means = {"x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y, "difference": jnp.abs(x - y)}
+        return {key: value.mean(-1) for key, value in means.items()} | {"steps": jnp.full(len(x), len(frames))}
+
+    decisions = {"surrogate": surrogate.logits.argmax(-1), "hard": hard.logits.argmax(-1)}
+    return decisions, [statistics(*pair) for pair in zip(surrogate.spikes, hard.spikes, strict=True)]
+
+
+def _agreement(statistics):
+    mean = {key: float(value.mean(dtype=np.float64)) for key, value in statistics.items()}
+    variances = [max(mean[key * 2] - mean[key] ** 2, 0.0) for key in "xy"]
+    covariance = mean["xy"] - mean["x"] * mean["y"]
+    return {
+        "surrogate_activation": mean["x"] / mean["steps"],
+        "hard_rate": mean["y"] / mean["steps"],
+        "count_correlation": covariance / np.sqrt(variances[0] * variances[1]) if min(variances) > 1e-9 else None,
+        "count_difference": mean["difference"],
     }

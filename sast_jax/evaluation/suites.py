@@ -1,0 +1,231 @@
+"""Evaluation of runs on disk: `evaluation.json`, suite by suite."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sast_jax.data import Recordings, Splits
+from sast_jax.errors import UserError, refuse
+from sast_jax.evaluation.calibration import evaluate_calibration
+from sast_jax.evaluation.outputs import BATCH_SIZE
+from sast_jax.evaluation.quantization import evaluate_quantization
+from sast_jax.evaluation.robustness import evaluate_robustness
+from sast_jax.evaluation.synops import evaluate_synops
+from sast_jax.evaluation.transfer import analyze_transfer, make_eval_step
+from sast_jax.files import write_json
+from sast_jax.networks import Calibration
+from sast_jax.training.build import load_data
+from sast_jax.training.run import Run, load_run_and_data, read_json
+
+EVALUATION = "evaluation.json"
+
+_MAX_COUNT = 255  # Frames are uint8.
+
+
+class Subject(NamedTuple):
+    """What a suite evaluates.
+
+    Attributes:
+        run: Trained network.
+        splits: Its data.
+        load_corrupted: From kind and severity of a corruption to the corrupted test part.
+        report: Called with what comes next, in a few words.
+    """
+
+    run: Run
+    splits: Splits
+    load_corrupted: Callable[[str, int], Recordings]
+    report: Callable[[str], None]
+
+    @property
+    def calibration(self) -> tuple[str, Recordings]:
+        """The part on which choices are made: validation, or training where there is none."""
+        has_validation = len(self.splits.validation.labels) > 0
+        return ("validation", self.splits.validation) if has_validation else ("train", self.splits.train)
+
+
+def _transfer(subject):
+    return analyze_transfer(subject.run.network, subject.run.params, subject.splits.test)
+
+
+def _calibration(subject):
+    split, recordings = subject.calibration
+    run = subject.run
+    return evaluate_calibration(run.network, run.params, recordings, subject.splits.test, split=split, report=subject.report)
+
+
+def _quantization(subject):
+    run, (_, recordings) = subject.run, subject.calibration
+    max_input = 1 if run.config.dataset.binary else _MAX_COUNT
+    return evaluate_quantization(
+        run.network, run.params, recordings, subject.splits.test, max_input=max_input, report=subject.report
+    )
+
+
+def _synops(subject):
+    return evaluate_synops(subject.run.network, subject.run.params, subject.splits.test)
+
+
+def _robustness(subject):
+    run = subject.run
+    return evaluate_robustness(
+        make_eval_step(run.network),
+        run.params,
+        subject.splits.test,
+        subject.load_corrupted,
+        BATCH_SIZE,
+        report=subject.report,
+    )
+
+
+SUITES: dict[str, Callable[[Subject], dict[str, Any]]] = {
+    "transfer": _transfer,
+    "calibration": _calibration,
+    "quantization": _quantization,
+    "synops": _synops,
+    "robustness": _robustness,
+}
+
+
+def parse_suites(text: str) -> list[str]:
+    """Returns the suites that a text names, as `transfer,synops` or `all`, in the order of `SUITES`.
+
+    Raises:
+        UserError: If there is no such suite.
+    """
+    names = text.split(",")
+    unknown = [name for name in names if name not in (*SUITES, "all")]
+    refuse([f"--suite: must be of {', '.join(SUITES)}, all, separated by commas; got {name!r}" for name in unknown])
+    return [name for name in SUITES if name in names or "all" in names]
+
+
+def load_calibration(run: Run, method: str) -> Calibration:
+    """Returns the thresholds and gains that a method of the suite `calibration` found for a run.
+
+    Args:
+        run: The run, with its suite evaluated at these weights.
+        method: Name of the method, or `chosen` for the one that the suite chose.
+
+    Raises:
+        UserError: If the suite has not been evaluated, or has no such method.
+    """
+    written = read_json(run.workdir / EVALUATION)
+    if not isinstance(written, dict) or written.get("step") != run.step or "calibration" not in written:
+        command = f"sast-jax evaluate --suite=calibration --workdir={run.workdir}"
+        raise UserError(f"--calibration: the run has none at its step {run.step}; first {command}")
+    methods, chosen = written["calibration"]["methods"], written["calibration"]["chosen"]
+    if method not in (*methods, "chosen"):
+        raise UserError(f"--calibration: must be one of {', '.join(methods)}, chosen; got {method!r}")
+    found = methods[chosen if method == "chosen" else method]
+    return Calibration(*(tuple(np.array(each) for each in found[key].values()) for key in ("thresholds", "gains")))
+
+
+def evaluate_run(
+    workdir: Path, suites: Sequence[str], overrides: Sequence[str] = (), report: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Evaluates a run and writes each suite's result to its `evaluation.json`, beside those that are there.
+
+    Args:
+        workdir: Folder of the run.
+        suites: Names from `SUITES`.
+        overrides: Where the recordings lie now: `dataset.root=...`, `dataset.download=...`.
+        report: Called with a line of progress.
+
+    Returns:
+        The results of these suites by name.
+
+    Raises:
+        UserError: If the folder is no run, the recordings are missing or others, or a result is not finite.
+    """
+    run, config, splits = load_run_and_data(workdir, overrides)
+    path = workdir / EVALUATION
+    written = read_json(path)
+    if not isinstance(written, dict) or written.get("step") != run.step:
+        written = {"step": run.step}  # Nothing yet, or of other weights.
+    start = time.monotonic()
+    results = {}
+    for number, name in enumerate(suites, 1):
+
+        def announce(text="", name=name, number=number):
+            line = f"{name} ({number} of {len(suites)})" + (f": {text}" if text else "")
+            report(f"{line}, after {time.monotonic() - start:.0f} s")
+
+        announce()
+        subject = Subject(run, splits, lambda *corruption: load_data(config, corruption).test, announce)
+        results[name] = SUITES[name](subject)
+        written[name] = results[name]
+        try:
+            write_json(path, written)
+        except ValueError as error:
+            raise UserError(f"{name}: a result of {str(workdir)!r} at step {run.step} is not finite; train it again") from error
+    return results
+
+
+def summarize(suite: str, result: dict[str, Any]) -> list[list[str]]:
+    """Returns the rows of a short table of a suite's result, headings first."""
+    return _SUMMARIES[suite](result)
+
+
+def _percent(value):
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _summarize_transfer(result):
+    swaps = result["layer_swap"]["prefix"] + result["layer_swap"]["single"]
+    cells = {" ".join(row["hard"]) or "none": [_percent(row["accuracy"]), f"{row['loss']:.3f}"] for row in swaps}
+    return [["layers in hard mode", "accuracy", "loss"], *([names, *each] for names, each in cells.items())]
+
+
+def _summarize_calibration(result):
+    header = ["calibration of hard spikes", "accuracy", "gap removed", "temperature", "loss", "ECE", "ECE before"]
+    rows = [
+        [name, _percent(row["accuracy"]), _percent(row.get("gap_removed")), *(f"{row[key]:.3f}" for key in _CONFIDENCE)]
+        for name, row in {"surrogate": result["surrogate"], **result["methods"]}.items()
+    ]
+    return [header, *rows]
+
+
+_CONFIDENCE = ("temperature", "scaled_loss", "scaled_ece", "ece")
+
+
+def _summarize_quantization(result):
+    def cells(name, row):
+        num_operations = row["synops"]["effective_acs"] + row["synops"]["effective_macs"]
+        equals = {True: "yes", False: "NO", None: "-"}[row.get("reference", {}).get("equal")]
+        memory = f"{row['memory']['total'] / 1024:.1f} KiB"
+        return [name, _percent(row["accuracy"]), _percent(row.get("agreement")), _thousands(num_operations), memory, equals]
+
+    header = ["integers", "accuracy", "as float", "ACs + MACs", "memory", "equals reference"]
+    rows = [
+        cells(f"INT{row['weight_bits']} per {row['granularity']}, decay {row['decay_form']}", row)
+        for row in result["configurations"]
+    ]
+    return [header, cells("float", result["float"]), *rows]
+
+
+def _summarize_synops(result):
+    rows = {**result["layers"], "all": result}
+    keys = ("effective_acs", "effective_macs", "event_acs", "dense")
+    header = ["operations a recording", "effective ACs", "effective MACs", "ACs by events", "dense"]
+    return [header, *([name, *(_thousands(row[key]) for key in keys)] for name, row in rows.items())]
+
+
+def _thousands(number):
+    return f"{number / 1000:,.1f}k"
+
+
+def _summarize_robustness(result):
+    rows = [[kind, *(_percent(area[mode]) for mode in ("surrogate", "hard"))] for kind, area in result["area"].items()]
+    return [["accuracy over severities 0 to 5", "surrogate", "hard"], *rows]
+
+
+_SUMMARIES = {
+    "transfer": _summarize_transfer,
+    "calibration": _summarize_calibration,
+    "quantization": _summarize_quantization,
+    "synops": _summarize_synops,
+    "robustness": _summarize_robustness,
+}
