@@ -1,0 +1,300 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from sast_jax import FAMILIES, SpikingConvNet, SpikingMLP, sam
+from sast_jax.theory.certified import cap_currents, keep_projected
+from sast_jax.theory.network import (
+    certify_agreement,
+    layer_bounds,
+    measured_gain,
+    neuron_parameters,
+    run_layers,
+    smoothness_bounds,
+)
+from sast_jax.theory.neuron import contraction_factor, max_current
+from tests.test_theory_neuron import COMBINATIONS, SIGMAS, step_map
+
+CONV = SpikingConvNet(num_classes=3, features=(3, 4), kernel_size=3, pool_size=2)
+MLP = SpikingMLP(num_classes=3, features=(6, 5))
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def init(network, shape, seed=0, scale=1.0):
+    params = network.init(jax.random.key(seed), jnp.zeros((1, 1, *shape)))["params"]
+    # Biases too, which are 0 at first.
+    flat, unravel = ravel_pytree(params)
+    noise = 0.2 * jax.random.normal(jax.random.key(seed + 1), flat.shape)
+    return jax.tree.map(lambda w, n: scale * (w + n), params, unravel(noise))
+
+
+def as_matrix(network, params, index, shape):
+    """The synapse of a layer as an explicit matrix, from unit vectors."""
+    bound, size = network.bind({"params": params}), int(np.prod(shape))
+    unit = jnp.eye(size).reshape(size, *shape)
+    return np.asarray((bound.current(index, unit) - bound.current(index, 0 * unit)).reshape(size, -1), float).T
+
+
+@pytest.mark.parametrize(
+    "network", [CONV, MLP, dataclasses.replace(CONV, readout="rate", kernel_size=2)], ids=["conv", "mlp", "rate"]
+)
+def test_norms_are_those_of_the_explicit_matrix(network):
+    shape = (7, 6, 2)  # Neither is a multiple of the pooling twice over.
+    params = init(network, shape)
+    bounds = layer_bounds(network, params, np.zeros(shape), np.ones(shape), 4)
+    shapes = [shape, *(state.spikes.shape[2:] for state in run_layers(network, params, jnp.zeros((1, 1, *shape))))]
+    assert [layer.name for layer in bounds] == list(network.layer_names)
+    for index, layer in enumerate(bounds):
+        matrix = as_matrix(network, params, index, shapes[index])
+        exact = np.linalg.norm(matrix, 2)
+        assert layer.norm_inf == pytest.approx(np.abs(matrix).sum(1).max(), rel=1e-5)
+        assert exact * (1 - 0.05) <= layer.norm_2_estimate <= exact * (1 + 1e-5)
+        assert (
+            exact * (1 - 1e-5) <= layer.norm_2 <= np.sqrt(np.linalg.norm(matrix, 1) * np.linalg.norm(matrix, np.inf)) * (1 + 1e-5)
+        )
+        assert layer.norm_2 == pytest.approx(np.linalg.norm(np.abs(matrix), 2), rel=0.02)
+
+
+VARIANTS = [
+    slow(dataclasses.replace(CONV, readout="leaky", readout_decay=0.5)),
+    dataclasses.replace(CONV, reset="subtract", family="logistic", slope=5.0, readout="rate"),
+    slow(dataclasses.replace(MLP, reset="none", family="fast_sigmoid", slope=3.0)),
+    dataclasses.replace(MLP, reset="zero", family="arctan", slope=8.0, decay=0.5),
+]
+
+
+@pytest.mark.parametrize("network", VARIANTS, ids=lambda n: f"{type(n).__name__}-{n.reset}")
+def test_no_recording_leaves_the_bounds_of_a_network(network):
+    shape, num_time_steps = (6, 6, 2), 5
+    params = init(network, shape, scale=0.6)
+    bounds = layer_bounds(network, params, np.zeros(shape), np.full(shape, 2.0), num_time_steps)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 3, (2, num_time_steps, 200, *shape)).astype(np.float32)
+    frames[:, :, ::3] = 2.0 * rng.integers(0, 2, frames[:, :, ::3].shape)
+    near = frames[0] + np.float32(0.01) * rng.choice([-1, 1], frames[0].shape) * (frames[0] == 1)
+    run = jax.jit(lambda x: (run_layers(network, params, x), network.apply({"params": params}, x).logits))
+    (states, logits), (others, far_logits), (_, near_logits) = run(frames[0]), run(frames[1]), run(near)
+    for layer, state, other in zip(bounds, states, others, strict=False):
+        for each in (state, other):
+            low, high = layer.potential_low, layer.potential_high
+            assert ((low - 1e-4 <= each.potential) & (each.potential <= high + 1e-4)).all()
+            assert ((layer.spikes[0] - 1e-5 <= each.spikes) & (each.spikes <= layer.spikes[1] + 1e-5)).all()
+        assert jnp.max(layer.spikes[1] - layer.spikes[0]) <= 1
+        assert layer.contraction_reachable <= layer.contraction + 1e-12
+        assert jnp.abs(state.spikes - other.spikes).max() <= 2 * layer.lipschitz
+    assert np.abs(logits - far_logits).max() <= 2 * bounds[-1].lipschitz
+    assert np.abs(logits - near_logits).max() <= 0.01 * bounds[-1].lipschitz * (1 + 1e-3)
+    assert bounds[-1].lipschitz <= np.prod([layer.gain for layer in bounds]) * (1 + 1e-9)
+    gain = measured_gain(lambda x: network.apply({"params": params}, x).logits, jnp.asarray(frames[0, :, :20]))
+    assert gain <= bounds[-1].lipschitz * (1 + 1e-5)
+    # The first layer in the Euclidean norm over time and pixels.
+    change = np.sqrt(((frames[0] - frames[1]) ** 2).sum((0, 2, 3, 4)))
+    moved = np.sqrt(np.square(states[0].spikes - others[0].spikes).reshape(num_time_steps, 200, -1).sum((0, 2)))
+    assert (moved <= bounds[0].gain_2 * change * (1 + 1e-5)).all()
+
+
+def test_a_one_layer_bound_is_nearly_reached():
+    network = SpikingMLP(num_classes=2, features=(4,), reset="none", slope=0.5, decay=0.5)
+    shape = (2, 2, 1)
+    params = {
+        name: {**layer, "bias": jnp.full_like(layer["bias"], 0.5)} for name, layer in init(network, shape, scale=0.3).items()
+    }
+    (layer, _) = layer_bounds(network, params, np.zeros(shape), np.ones(shape), 6)
+    frames = jnp.asarray(np.random.default_rng(0).random((6, 200, *shape)), jnp.float32)
+    gain = measured_gain(lambda x: run_layers(network, params, x)[0].spikes, frames)
+    assert 0.85 * layer.gain <= gain <= layer.gain
+
+
+@pytest.mark.parametrize(("family", "reset"), COMBINATIONS)
+def test_no_random_network_of_two_layers_exceeds_the_product_bound(family, reset):
+    """1,350 networks in numpy: METHOD's product of L1 ||W||_inf / (1 - kappa), with the sum over T steps in its place."""
+    number, num_time_steps = 150, 6
+    rng = np.random.default_rng(2)
+    neuron = {
+        "decay": rng.uniform(0, 1, (number, 1)),
+        "threshold": rng.uniform(0.2, 2, (number, 1)),
+        "slope": rng.uniform(0.5, 8, (number, 1)),
+    }
+    weights = [rng.normal(0, rng.uniform(0.1, 1.5, (number, 1, 1)), (number, 5, n)) for n in (7, 5)]
+    kappa = contraction_factor(family=family, reset=reset, **neuron)[:, 0]
+    gain = FAMILIES[family].max_derivative(neuron["slope"][:, 0]) * sum(kappa**j for j in range(num_time_steps))
+    x = rng.random((2, num_time_steps, number, 7))
+    x[1] = np.where(rng.random((number, 1)) < 0.5, x[1], x[0] + 1e-3 * rng.choice([-1, 1], x[0].shape))
+    change, bound = np.abs(x[0] - x[1]).max((0, 2)), 1.0
+    for matrix in weights:
+        u, outputs = np.zeros((2, number, 5)), []
+        for t in range(num_time_steps):
+            carried = step_map(u, family, reset, **neuron) if t else 0
+            u = carried + np.einsum("nij,anj->ani", matrix, x[:, t])
+            outputs.append(SIGMAS[family][0](u - neuron["threshold"], neuron["slope"]))
+        x = np.stack(outputs, axis=1)
+        bound = bound * gain * np.abs(matrix).sum(2).max(1)
+        assert (np.abs(x[0] - x[1]).max((0, 2)) <= bound * change * (1 + 1e-6) + 1e-9).all()
+
+
+# Each family and each reset once by default.
+@pytest.mark.parametrize(("family", "reset"), [c if i in (0, 4, 8) else slow(*c) for i, c in enumerate(COMBINATIONS)])
+def test_gradient_and_hessian_of_random_networks_stay_below_their_bounds(family, reset, float64):
+    network = SpikingMLP(num_classes=3, features=(3, 2), family=family, reset=reset, slope=1.5, decay=0.6, readout_decay=0.3)
+    shape, radius = (2, 1, 2), 0.5
+    rng = np.random.default_rng(3)
+    frames, labels = rng.integers(0, 2, (4, 5, *shape)).astype(float), np.arange(5) % 3
+    params = jax.tree.map(lambda leaf: leaf.astype(float), init(network, shape, scale=0.5))
+    flat, unravel = ravel_pytree(params)
+
+    def loss(flat):
+        logits = network.apply({"params": unravel(flat)}, frames).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    steps = rng.normal(size=(100, flat.size))
+    steps *= radius * rng.random((100, 1)) / np.linalg.norm(steps, axis=1, keepdims=True)
+    gradients, hessians = jax.jit(jax.vmap(lambda w: (jax.grad(loss)(w), jax.hessian(loss)(w))))(flat + steps)
+    bounds = smoothness_bounds(network, params, frames, radius)
+    assert np.linalg.norm(gradients, axis=1).max() <= bounds.gradient
+    curvature = np.abs(np.linalg.eigvalsh(hessians)).max()
+    assert curvature <= bounds.smoothness
+    assert bounds.smoothness < 1e5 * curvature  # Loose, but a number.
+    here = smoothness_bounds(network, params, frames)
+    assert here.smoothness < bounds.smoothness
+    first = smoothness_bounds(network, params, frames, layers=("dense_0",))
+    assert first == smoothness_bounds(
+        network, params | {"dense_0": jax.tree.map(lambda w: 9 * w, params["dense_0"])}, frames, layers=("dense_0",)
+    )
+    where = ravel_pytree(
+        jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.full(leaf.shape, path[0].key == "dense_0"), params)
+    )[0]
+    assert np.abs(np.linalg.eigvalsh(hessians[:, where][:, :, where])).max() <= bounds.smoothness
+
+
+@pytest.mark.slow
+def test_smoothness_bounds_cover_convolutions_and_rate_readouts(float64):
+    network = SpikingConvNet(num_classes=2, features=(2,), kernel_size=2, pool_size=2, readout="rate", slope=1.0, decay=0.5)
+    shape = (3, 3, 1)
+    params = jax.tree.map(lambda leaf: leaf.astype(float), init(network, shape, scale=0.7))
+    frames = np.random.default_rng(0).integers(0, 2, (3, 4, *shape)).astype(float)
+    flat, unravel = ravel_pytree(params)
+
+    def loss(flat):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            network.apply({"params": unravel(flat)}, frames).logits, np.array([0, 1, 0, 1])
+        ).mean()
+
+    bounds = smoothness_bounds(network, params, frames)
+    assert np.linalg.norm(jax.grad(loss)(flat)) <= bounds.gradient
+    # Twice backward: a convolution has no forward derivative.
+    hessian = jax.jacrev(jax.grad(loss))(flat)
+    assert np.abs(np.linalg.eigvalsh(hessian)).max() <= bounds.smoothness
+
+
+def test_smoothness_bounds_refuse_a_negative_radius_and_unknown_layers():
+    params = init(MLP, (2, 2, 1))
+    with pytest.raises(ValueError, match="radius must be at least 0"):
+        smoothness_bounds(MLP, params, np.zeros((2, 1, 2, 2, 1)), -1.0)
+    with pytest.raises(ValueError, match="layers must be of dense_0, dense_1, readout; got conv_0"):
+        smoothness_bounds(MLP, params, np.zeros((2, 1, 2, 2, 1)), layers=("conv_0",))
+
+
+@pytest.mark.parametrize(
+    ("reset", "readout"), [("zero", "leaky"), slow("zero", "rate"), ("subtract", "leaky"), slow("none", "leaky")]
+)
+def test_certified_decisions_are_those_of_hard_spikes(reset, readout):
+    network = SpikingMLP(num_classes=3, features=(6, 5), reset=reset, readout=readout, family="logistic", slope=300.0)
+    frames = jnp.asarray(np.random.default_rng(4).integers(0, 2, (5, 8, 2, 2, 2)), jnp.float32)
+
+    @jax.jit
+    @jax.vmap
+    def check(key):
+        params = network.init(key, frames[:1])["params"]
+        smooth = network.apply({"params": params}, frames).logits
+        hard = network.apply({"params": params}, frames, "hard").logits
+        return certify_agreement(network, params, frames), smooth.argmax(-1), hard.argmax(-1)
+
+    certificate, smooth, hard = check(jax.random.split(jax.random.key(0), 250))
+    np.testing.assert_array_equal(certificate.decision, smooth)
+    is_certain = np.asarray(certificate.ratio > 1.001)
+    assert (smooth == hard)[is_certain].all()
+    assert 0.1 < is_certain.mean() < 1  # It could fail.
+    assert (smooth != hard).any()
+    assert certificate.spikes_known.mean() > 0.3
+
+
+def test_nothing_is_certified_where_the_swap_decides_otherwise():
+    """At slope 2 many decisions change; all of them must be uncertain."""
+    network = SpikingMLP(num_classes=3, features=(8,), slope=2.0)
+    frames = jnp.asarray(np.random.default_rng(5).integers(0, 2, (6, 40, 2, 2, 2)), jnp.float32)
+    check = jax.jit(jax.vmap(lambda key: _decide(network, frames, key)))
+    ratio, changed = check(jax.random.split(jax.random.key(0), 200))
+    assert changed.mean() > 0.05
+    assert (ratio[changed] <= 1).all()
+
+
+def _decide(network, frames, key):
+    params = network.init(key, frames)["params"]
+    certificate = certify_agreement(network, params, frames)
+    return certificate.ratio, network.apply({"params": params}, frames, "hard").logits.argmax(-1) != certificate.decision
+
+
+@pytest.mark.parametrize("optimizer", [slow(optax.sgd(0.3, momentum=0.9)), optax.adam(0.1)], ids=["sgd", "adam"])
+def test_certified_training_keeps_every_layer_contracting_at_every_step(optimizer):
+    network = SpikingMLP(num_classes=3, features=(8, 6), slope=10.0, init_gain=4.0)
+    shape, margin = (3, 3, 2), 0.05
+    limit = max_current(margin, **neuron_parameters(network))
+    layers = network.layer_names[: network.num_spiking]
+
+    def project(params):
+        return cap_currents(params, limit, layers=layers)
+
+    rng = np.random.default_rng(0)
+    frames, labels = rng.integers(0, 2, (4, 16, *shape)).astype(np.float32), rng.integers(0, 3, 16)
+
+    def loss(params):
+        logits = network.apply({"params": params}, frames).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def factors(params):
+        bounds = layer_bounds(network, params, np.zeros(shape), np.ones(shape), 50)
+        return [layer.contraction_reachable for layer in bounds[:-1]]
+
+    free = init(network, shape)
+    assert max(factors(free)) > 2
+    params = project(free)
+    tx = optax.chain(sam(0.1), optimizer, keep_projected(project))
+    state, grad = tx.init(params), jax.jit(jax.grad(loss))
+    update = jax.jit(lambda params, state: tx.update(grad(params), state, params, grad_fn=grad))
+    before = loss(params)
+    for _ in range(6):
+        updates, state = update(params, state)
+        params = optax.apply_updates(params, updates)
+        assert max(factors(params)) <= 1 - margin
+    assert loss(params) < before
+    # The layers in between fill their room, and inhibition is free.
+    excitation = jnp.maximum(params["dense_0"]["kernel"], 0).sum(0) + jnp.maximum(params["dense_0"]["bias"], 0)
+    assert excitation.max() == pytest.approx(limit, rel=1e-4)
+
+
+def test_cap_leaves_weights_that_are_within_and_other_layers_alone():
+    params = init(MLP, (2, 2, 2))
+    assert cap_currents(params, np.inf, layers=("dense_0",)) is params
+    jax.tree.map(np.testing.assert_array_equal, cap_currents(params, 1e6, layers=("dense_0", "dense_1")), params)
+    capped = cap_currents(params, 0.1, layers=("dense_0",))
+    for name in ("dense_1", "readout"):
+        assert capped[name] is params[name]
+    negative = params["dense_0"]["kernel"] <= 0
+    np.testing.assert_array_equal(capped["dense_0"]["kernel"][negative], params["dense_0"]["kernel"][negative])
+    excitation = np.maximum(capped["dense_0"]["kernel"], 0).sum(0) + np.maximum(capped["dense_0"]["bias"], 0)
+    assert excitation.max() <= 0.1
+    assert excitation.min() > 0.09
+
+
+def test_projection_needs_the_weights():
+    tx = keep_projected(lambda w: w)
+    with pytest.raises(ValueError, match="keep_projected needs the weights"):
+        tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)))
