@@ -1,0 +1,29 @@
+"""Study on simulated digits: does SAST close the transfer gap, and is it SAM that closes it?
+
+    sast-jax sweep --config=configs/study_digits.py --workdir=runs/study_digits
+    sast-jax train --config=configs/study_digits.py:slope_annealing --workdir=runs/one  # one of its methods
+
+Every method is a variant: the baseline of configs/digits.py with the changes that `sast_jax.experiments.METHODS` lists, each
+with its reference and its controls.
+"""
+
+import runpy
+from pathlib import Path
+
+from sast_jax.experiments import METHODS, Study, change
+
+_get_base = runpy.run_path(str(Path(__file__).with_name("digits.py")))["get_config"]
+
+
+def get_config(variant=""):
+    """Returns the config of a method."""
+    return change(_get_base("baseline"), variant)
+
+
+def get_study():
+    """Returns the methods, each with all combinations of these values and of those of its own; the first of equals is taken."""
+    every = {"optimizer.learning_rate": (3e-3, 6e-3), "num_epochs": (12, 24)}  # Epochs: the baseline's.
+    methods = {
+        name: method if method.calibrates else method._replace(grid=every | method.grid) for name, method in METHODS.items()
+    }
+    return Study(methods, seeds=(0, 1, 2, 3, 4), selection_seeds=(100, 101))

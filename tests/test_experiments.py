@@ -1,0 +1,415 @@
+import itertools
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sast_jax import config as config_lib
+from sast_jax.cli import main
+from sast_jax.config import flatten, load_configs
+from sast_jax.errors import Diverged, Interrupted, UserError
+from sast_jax.experiments import METHODS
+from sast_jax.experiments.board import CLEAR, Board
+from sast_jax.experiments.page import find, render, write_page
+from sast_jax.experiments.statistics import paired_test
+from sast_jax.experiments.sweep import STUDY, load_plan, run_study
+from sast_jax.files import write_json
+from sast_jax.training.run import check_workdir, read_json, register
+
+STUDY_FILE = """
+import runpy
+from sast_jax.experiments import METHODS, Method, Study, change
+
+def get_config(variant=""):
+    return change(runpy.run_path("configs/digits.py")["get_config"]("baseline"), variant)
+
+def get_study():
+    grids = {"sast": {"sam.rho": (0.1, 0.4), "optimizer.learning_rate": (1e-3, 1e-2)}, "baseline_twice": {"num_epochs": (2, 3)}}
+    methods = {name: METHODS[name]._replace(grid=grids.get(name, {})) for name in ("baseline", "baseline_twice", "sast", "noise")}
+    return Study(methods, seeds=(0, 1, 2), selection_seeds=(100, 101))
+"""
+
+NUM_RUNS = 4 * 2 + 2 * 2 + 4 * 3
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study's file; and a function that writes it with replacements."""
+
+    def write(*replacements):
+        text = STUDY_FILE
+        for old, new in replacements:
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / "study.py"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+class Trainer:
+    """Stands in for `train_and_evaluate`: accuracies are a function of the config, and runs are counted."""
+
+    def __init__(self, stop_at=None, diverges=lambda config: False, test_shift=0.0):
+        self.trained, self.stop_at, self.diverges, self.test_shift = [], stop_at, diverges, test_shift
+
+    def __call__(self, config, workdir, *, title):
+        check_workdir(workdir, config)
+        if (found := read_json(workdir / "results.json")) is not None:
+            return found
+        if len(self.trained) == self.stop_at:
+            raise Interrupted("stopped")
+        self.trained.append(title)
+        register(workdir, config, {"checksum": "0", "num_classes": 10})
+        if self.diverges(config):
+            raise Diverged("loss is nan")
+        noise = np.random.default_rng(config.seed).normal(0, 0.01)
+        hard = 0.8 + 0.2 * config.sam.rho - 3 * config.optimizer.learning_rate + noise
+        part = {"surrogate_accuracy": 0.9 + noise, "hard_accuracy": hard, "transfer_gap": 0.9 + noise - hard}
+        tested = {key: value + self.test_shift for key, value in part.items()} if config.test else {}
+        results = {
+            **tested,
+            "validation": part,
+            **{"num_train": 100, "num_validation": 20, "num_test": 30 if config.test else 0},
+            "num_gradient_evaluations": config.num_epochs * (1 + (config.sam.rho > 0 and config.sam.perturbation != "noise")),
+            "wall_time_seconds": 10.0 + config.num_epochs,
+            "environment": {"device": "cpu", "num_cores": 2},
+        }
+        write_json(workdir / "results.json", results)
+        return results
+
+
+def test_selection_takes_the_point_of_the_highest_hard_spike_accuracy_on_validation(study, tmp_path):
+    trainer = Trainer()
+    results = run_study(study(), [], tmp_path / "run", train=trainer)
+    assert len(trainer.trained) == NUM_RUNS
+    assert results["methods"]["sast"]["selected"] == {"sam.rho": 0.4, "optimizer.learning_rate": 1e-3}
+    rows = results["selection"]["sast"]
+    assert len(rows) == 4
+    assert rows[0]["mean_hard"] == max(row["mean_hard"] for row in rows)
+    assert results["methods"]["baseline_twice"]["selected"] == {"num_epochs": 2}  # The first of equals.
+    for seed in (0, 1, 2):
+        config = json.loads((tmp_path / "run" / f"tested/sast-seed{seed}/run.json").read_text())["config"]
+        assert (config["sam"]["rho"], config["optimizer"]["learning_rate"], config["seed"]) == (0.4, 1e-3, seed)
+        config = json.loads((tmp_path / "run" / f"tested/baseline_twice-seed{seed}/run.json").read_text())["config"]
+        assert config["num_epochs"] == 4  # Twice the baseline's.
+
+
+def test_selection_never_sees_the_test_part(study, tmp_path):
+    good = run_study(study(), [], tmp_path / "good", train=Trainer())
+    garbage = run_study(study(), [], tmp_path / "garbage", train=Trainer(test_shift=-0.5))
+    assert good["selection"] == garbage["selection"]
+    assert good["methods"]["sast"]["hard"] != garbage["methods"]["sast"]["hard"]
+    for folder in (tmp_path / "good" / "selection").iterdir():
+        config = json.loads((folder / "run.json").read_text())["config"]
+        assert config["test"] is False
+        assert config["seed"] in (100, 101)
+    for folder in (tmp_path / "good" / "tested").iterdir():
+        assert json.loads((folder / "run.json").read_text())["config"]["test"] is True
+
+
+@pytest.mark.parametrize("stop_at", [0, 5, 15])
+def test_interrupted_sweep_goes_on_without_repeating_a_run_and_equals_the_straight_one(study, tmp_path, stop_at):
+    straight = run_study(study(), [], tmp_path / "straight", train=Trainer())
+    first, second = Trainer(stop_at=stop_at), Trainer()
+    with pytest.raises(Interrupted):
+        run_study(study(), [], tmp_path / "stopped", train=first)
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    assert run_study(study(), [], tmp_path / "stopped", train=second) == straight
+    assert not set(first.trained) & set(second.trained)
+    assert len(first.trained) + len(second.trained) == NUM_RUNS
+    third = Trainer()
+    assert run_study(study(), [], tmp_path / "stopped", train=third) == straight
+    assert not third.trained
+
+
+def test_diverged_selection_run_disqualifies_its_point_and_a_diverged_tested_run_stops(study, tmp_path):
+    results = run_study(study(), [], tmp_path / "a", train=Trainer(diverges=lambda c: c.sam.rho == 0.4 and c.seed == 100))
+    assert results["methods"]["sast"]["selected"]["sam.rho"] == 0.1
+    assert sum(row["mean_hard"] is None for row in results["selection"]["sast"]) == 2
+    assert "diverged" in render(results)
+    with pytest.raises(Diverged):
+        run_study(study(), [], tmp_path / "b", train=Trainer(diverges=lambda c: c.test and c.sam.rho > 0))
+    with pytest.raises(UserError, match="sast: training diverged at all points"):
+        run_study(study(), [], tmp_path / "c", train=Trainer(diverges=lambda c: c.sam.rho > 0))
+
+
+def test_folder_of_another_study_is_refused_and_methods_and_seeds_may_be_added(study, tmp_path):
+    run_study(study(), [], tmp_path / "run", train=Trainer())
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        run_study(study(("(0.1, 0.4)", "(0.1, 0.5)")), ["network.slope=4"], tmp_path / "run", train=Trainer())
+    assert "sast: grid.sam.rho: the study there has [0.1, 0.4], this one [0.1, 0.5]" in str(error.value)
+    assert "baseline: network.slope: the study there has 2.0, this one 4.0" in str(error.value)
+    with pytest.raises(UserError, match="selection_seeds: the study there has"):
+        run_study(study(("(100, 101)", "(100, 102)")), [], tmp_path / "run", train=Trainer())
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    more = Trainer()
+    path = study(("seeds=(0, 1, 2)", "seeds=(0, 1, 2, 3)"), ('"noise")', '"noise", "straight_through")'))
+    assert len(run_study(path, [], tmp_path / "run", train=more)["seeds"]) == 4
+    assert len(more.trained) == 4 + 4
+    run_study(study(('"sast", "noise")', '"sast")')), [], tmp_path / "run", train=Trainer())  # A part of it.
+    assert set(json.loads((tmp_path / "run" / STUDY).read_text())["methods"]) >= {"noise", "straight_through"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("run.json", "{}"), ("results.json", "{}"), ("runs.json", "[]"), ("study.json", "[1]")]
+)
+def test_folder_of_something_else_is_refused_and_left_alone(study, tmp_path, name, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        run_study(study(), [], tmp_path / "run", train=Trainer())
+    assert (tmp_path / "run" / name).read_text() == text
+
+
+def test_override_sets_all_methods_but_those_that_differ_and_what_is_set_is_not_selected(study):
+    plan = load_plan(study(), ["network.slope=4", "sam.rho=0.3", "num_epochs=5", "dataset.seed=3"])
+    assert {config.network.slope for config in plan.configs.values()} == {4.0}
+    assert {config.dataset.seed for config in plan.configs.values()} == {3}
+    radii = {"baseline": 0.0, "baseline_twice": 0.0, "sast": 0.3, "noise": 0.3}
+    assert {name: config.sam.rho for name, config in plan.configs.items()} == radii
+    assert plan.points("sast") == [{"optimizer.learning_rate": 1e-3}, {"optimizer.learning_rate": 1e-2}]
+    assert {name: config.num_epochs for name, config in plan.configs.items()} == {
+        "baseline": 5, "baseline_twice": 10, "sast": 5, "noise": 5,
+    }  # fmt: skip
+    assert plan.points("baseline_twice") == [{}]
+    assert plan.config("sast", plan.points("sast")[1], seed=7).seed == 7
+    plan = load_plan(Path("configs/study_digits.py"), ["network.slope=4"])
+    assert {plan.configs[name].network.slope for name in ("baseline", "sast", "straight_through")} == {4.0}
+    assert plan.study.methods["steep_slope"].grid["network.slope"] == (5.0, 10.0, 20.0)  # Its slope is its own.
+
+
+@pytest.mark.parametrize(
+    ("replacement", "overrides", "messages"),
+    [
+        (("(0.1, 0.4)", "(0.1, -1.0)"), [], ["sast: sam.rho: must be a finite number >= 0; got -1.0"]),
+        (("sam.rho", "sam.rhoo"), [], ["sast: there is no field 'sam.rhoo'"]),
+        (("(100, 101)", "(2, 101)"), [], ["[2] are also tested"]),
+        (("seeds=(0, 1, 2)", "seeds=(0, 0)"), [], ["seeds: must be different integers"]),
+        (("seeds=(0, 1, 2)", "seeds=(0,)"), [], ["at least 2"]),
+        (('("baseline", "b', '("b'), [], ["there must be one called 'baseline'"]),
+        (("return Study(methods", "return dict(methods=methods"), [], ["must return a sast_jax.experiments.Study"]),
+        (("def get_study", "def study"), [], ["does not define get_study()"]),
+        (("grids = {", "grids = 1 / 0 or {"), [], ["get_study()", "ZeroDivisionError"]),
+        (("Study", "Study"), ["seed=3", "sam.rhoo=1"], ["seed: is set by the study", "did you mean sam.rho?"]),
+        (("Study", "Study"), ["dataset.num_validation=0"], ["dataset.num_validation must be above 0"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(study, tmp_path, replacement, overrides, messages):
+    trainer = Trainer()
+    with pytest.raises(UserError) as error:
+        run_study(study(replacement), overrides, tmp_path / "run", train=trainer)
+    assert all(message in str(error.value) for message in messages), error.value
+    assert not trainer.trained
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistake_on_the_command_line_is_one_message(study, capsys, tmp_path):
+    workdir, root = tmp_path / "run", tmp_path / "none"
+    assert main(["sweep", "--config=configs/study_nmnist.py", f"--workdir={workdir}", f"--config.dataset.root={root}"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert not workdir.exists()
+    assert main(["sweep", f"--config={tmp_path / 'none.py'}", f"--workdir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sast-jax: error: --config: there is no file")
+    assert "Traceback" not in error
+
+
+# Statistics.
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_paired_test_agrees_with_all_signs_written_out(n):
+    rng = np.random.default_rng(n)
+    for _ in range(5):
+        a, b = rng.integers(170, 190, (2, n)) / 2
+        d = a - b
+        sums = [abs(np.dot(signs, d)) for signs in itertools.product((-1, 1), repeat=n)]
+        test = paired_test(a, b)
+        assert test["p"] == pytest.approx(np.mean(np.array(sums) >= abs(d.sum()) - 1e-9))
+        assert test["p"] >= test["smallest_p"] == 2 / 2**n
+        error = np.std(d, ddof=1) / np.sqrt(n)
+        assert (test["mean"], test["standard_error"]) == pytest.approx((d.mean(), error))
+        assert test["clear"] == (abs(d.mean()) > 2 * error)
+
+
+def test_equal_values_do_not_differ():
+    assert paired_test([1.0, 2.0], [1.0, 2.0]) | {"p": 1.0, "clear": False} == paired_test([1.0, 2.0], [1.0, 2.0])
+
+
+# Methods and configs.
+
+PATHS = sorted(Path("configs").glob("study_*.py"))
+TRAINED = [name for name, method in METHODS.items() if not method.calibrates]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_each_method_differs_from_the_baseline_in_what_it_says_and_in_nothing_else(path, small_nmnist):
+    configs = {name: flatten(load_configs(f"{path}:{name}", [f"dataset.root={small_nmnist}"])[""]) for name in TRAINED}
+    baseline = configs["baseline"]
+    for name, config in configs.items():
+        method = METHODS[name]
+        expected = dict(method.changes) | ({"num_epochs": baseline["num_epochs"] * method.epochs} if method.epochs > 1 else {})
+        differing = {key: value for key, value in config.items() if value != baseline[key]}
+        assert differing == {key: value for key, value in expected.items() if value != baseline[key]}
+        assert expected.keys() <= config.keys()
+        assert method.reference
+    base = runpy.run_path(str(path.with_name(path.name.removeprefix("study_"))))["get_config"]("baseline")
+    assert baseline | {"dataset.root": ""} == flatten(config_lib.with_defaults(base))
+    assert f"sast-jax sweep --config={path}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_shipped_study_is_whole(path):
+    plan = load_plan(path)
+    assert list(plan.study.methods) == list(METHODS)
+    assert len(plan.study.seeds) >= 5
+    for method in plan.study.methods.values():
+        assert set(method.controls) <= METHODS.keys()
+        if not method.calibrates:
+            assert {"optimizer.learning_rate", "num_epochs"} <= method.grid.keys()
+        assert "sam.rho" not in method.changes or "sam.rho" in method.grid
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_matched_controls_take_as_many_gradients(path):
+    plan = load_plan(path)
+
+    def cost(name):
+        config = plan.configs[METHODS[name].calibrates or name]
+        return config.num_epochs * (2 if config.sam.rho and config.sam.perturbation in ("independent", "same") else 1)
+
+    for name, method in METHODS.items():
+        if method.controls and name != "baseline_twice":  # Which is the control.
+            assert cost(name) == cost(method.controls[0]), name
+
+
+def test_unknown_method_is_named():
+    with pytest.raises(UserError, match="must be one of baseline, baseline_twice, sast"):
+        load_configs("configs/study_digits.py:baseline_calibrated")
+
+
+# Page.
+
+
+def test_findings_claim_nothing_within_two_standard_errors_and_name_what_did_not_help(study, tmp_path):
+    results = run_study(study(), [], tmp_path / "page", train=Trainer())
+    row = results["methods"]["sast"]["comparisons"][0]
+    assert row["control"] == "baseline_twice"
+    assert row["hard"]["clear"]  # The noise of the seeds cancels.
+    text = " ".join(find(results))
+    assert f"higher than the first control's with: SAST, independent batch ({row['hard']['mean']:+.1f}" in text
+    assert "No clear difference: surrogate-forward, twice the epochs" in text
+    assert "smallest p that the exact paired test can give is 0.25" in text
+
+    for comparison in results["methods"]["sast"]["comparisons"]:
+        for what in ("hard", "gap_size"):
+            comparison[what] |= {"mean": 0.5, "standard_error": 0.3, "clear": False}
+    text = " ".join(find(results))
+    assert "No clear difference: surrogate-forward, twice the epochs (+0.0 ± 0.0), SAST, independent batch (+0.5 ± 0.3)" in text
+    assert "is not clearly different: +0.5 ± 0.3 points" in text
+
+    for comparison in results["methods"]["sast"]["comparisons"]:
+        comparison["hard"] |= {"mean": -2.0, "standard_error": 0.3, "clear": True}
+    assert "It is lower with: SAST, independent batch (-2.0 ± 0.3)" in " ".join(find(results))
+
+
+def test_page_shows_every_number_and_selection_and_figures_are_written(study, tmp_path):
+    results = run_study(study(), [], tmp_path / "page", train=Trainer())
+    write_page(results, tmp_path / "page")
+    text = (tmp_path / "page" / "results.md").read_text()
+    for row in results["methods"].values():
+        assert row["title"] in text
+        assert f"{row['hard']['mean']:.1f} ± {row['hard']['standard_error']:.1f}" in text
+        assert row["reference"] in text
+    assert text.count("selected |") == 2
+    assert "reported by the papers" not in text
+    for name in ("accuracy.png", "differences.png"):
+        assert f"]({name})" in text
+        assert (tmp_path / "page" / name).read_bytes().startswith(b"\x89PNG")
+    results["methods"]["sast"]["reported"] = "94.7"
+    assert "reported by the papers for their own network, not measured here" in render(results)
+
+
+# Progress.
+
+
+class Stream:
+    def __init__(self, is_terminal):
+        self.text, self._is_terminal = "", is_terminal
+
+    def isatty(self):
+        return self._is_terminal
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_board_shows_a_table_on_a_terminal_and_lines_elsewhere(is_terminal):
+    stream = Stream(is_terminal)
+    board = Board({"baseline": (0, 2), "sast": (4, 2)}, 8.0, stream=stream)
+    board.done("sast", "sast-rho0.1-seed100", 0.5, tested=False, cost=1.0, seconds=900.0)
+    board.done("sast", "sast-rho0.2-seed100", None, tested=False, cost=1.0, seconds=900.0)
+    board.selected("sast", "sam.rho 0.1")
+    board.done("baseline", "baseline-seed0", 0.75, tested=True, cost=1.0, seconds=0.0)  # Found finished.
+    assert board.progress() == "3 of 8 runs, about 01:15 h left"
+    last = board.table().splitlines()
+    assert last[1].split() == ["baseline", "0/0", "1/2", "75.0%"]
+    assert last[2].split() == ["sast", "2/4", "sam.rho", "0.1", "0/2"]
+    if is_terminal:
+        assert stream.text.endswith(CLEAR + board.table() + "\n")
+    else:
+        assert stream.text.splitlines() == [
+            "sweep: 1 of 8 runs, about 01:45 h left; sast-rho0.1-seed100: 50.0% validation accuracy, hard spikes",
+            "sweep: 2 of 8 runs, about 01:30 h left; sast-rho0.2-seed100: diverged",
+        ]
+
+
+# Real runs.
+
+
+@pytest.mark.slow
+def test_command_trains_selects_calibrates_and_writes_its_page(small_nmnist, tmp_path, capsys):
+    path = tmp_path / "study.py"
+    path.write_text(
+        "import runpy\n"
+        "from sast_jax.experiments import METHODS, Study, change\n"
+        "def get_config(variant=''):\n"
+        "    return change(runpy.run_path('configs/nmnist.py')['get_config']('baseline'), variant)\n"
+        "def get_study():\n"
+        "    methods = {name: METHODS[name] for name in ('baseline', 'baseline_calibrated')}\n"
+        "    methods['baseline'] = methods['baseline']._replace(grid={'optimizer.learning_rate': (1e-2, 1e-3)})\n"
+        "    return Study(methods, seeds=(0, 1), selection_seeds=(100,))\n"
+    )
+    fields = {
+        "dataset.root": small_nmnist, "dataset.num_time_steps": 3, "dataset.num_validation": 10, "network.kind": "mlp",
+        "network.features": 8, "batch_size": 10, "num_epochs": 2,
+    }  # fmt: skip
+    command = ["sweep", f"--config={path}", f"--workdir={tmp_path / 'run'}", *(f"--config.{k}={v}" for k, v in fields.items())]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for folder in (tmp_path / "run" / "selection").iterdir():
+        selection = json.loads((folder / "results.json").read_text())
+        assert selection["num_test"] == 0
+        assert not {"hard_accuracy", "surrogate_accuracy", "transfer_gap"} & selection.keys()
+    calibrated = results["methods"]["baseline_calibrated"]
+    assert calibrated["surrogate"] == results["methods"]["baseline"]["surrogate"]
+    found = json.loads((tmp_path / "run/tested/baseline-seed0/calibration.json").read_text())
+    assert found["split"] == "validation"
+    assert found["num_calibration"] == 10
+    assert calibrated["hard"]["values"][0] == pytest.approx(100 * found["methods"][found["chosen"]]["accuracy"])
+    assert "Results:" in out
+    shutil.rmtree(small_nmnist)  # All is there: nothing is trained or read again.
+    assert main(command) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    assert capsys.readouterr().out == out
