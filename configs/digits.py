@@ -25,10 +25,20 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.dataset.root = ""  # Not used: digits are simulated.
     config.dataset.download = False  # Not used.
     config.dataset.num_time_steps = 10  # Frames T per recording, of 30 ms each.
+    config.dataset.duration = 0.0  # Not used: a recording is 0.3 s long, and all of it is taken.
+    config.dataset.downsample = 1  # Side of the squares of pixels counted together; 2: 34 pixels become 17.
     config.dataset.binary = True  # Frames say that there was an event, not how many.
     config.dataset.num_validation = 180  # Classes in proportion; all choices are made on them.
     config.dataset.num_test = 360  # Classes in proportion; 1,257 samples are left for training.
+    config.dataset.skip_bad = False  # Not used.
+    config.dataset.images = ""  # Folder of MNIST's files whose images are shown instead; dataset.num_test is then 0.
+    config.dataset.image_range = ()  # First of the training images and one past the last, as (1000, 60000); (): all.
     config.dataset.seed = 0  # Of the simulation and of the split; not of the run.
+
+    config.augmentation = ml_collections.ConfigDict()  # Of training batches; none here.
+    config.augmentation.max_shift = 0  # Pixels, along each axis, that a recording is shifted by at most.
+    config.augmentation.time_jitter = 0.0  # Probability of a pixel's count in a frame to move to the frame before or after it.
+    config.augmentation.drop = 0.0  # Probability of a pixel's count in a frame to be lost.
 
     config.network = ml_collections.ConfigDict()
     config.network.kind = "conv"  # conv: convolution - spikes - pooling, repeated; mlp: dense layers.
@@ -44,11 +54,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.network.readout_decay = 0.0  # Of the leaky readout; 0: the mean of the output current.
     config.network.init_gain = 4.0  # Initial weights are this much larger than LeCun's; at 1 or 2 SAST starts learning late.
 
+    config.certified = ml_collections.ConfigDict()
+    config.certified.margin = 0.0  # Above 0: excitation is capped so that each layer contracts by 1 - margin a step; 0: free.
+
     config.mode = "surrogate"  # Forward pass of training: smooth spikes, or straight_through (hard, smooth derivative).
+    config.spikes = ml_collections.ConfigDict()
+    config.spikes.initial_slope = 0.0  # Slope at the first step, from where it rises to network.slope at the last; 0: constant.
+    config.spikes.hard_share = 0.0  # Share of the neurons, drawn anew each step, that spike hard in training.
+    config.spikes.finish = 0.0  # Share of the steps, the last ones, in which all spikes are hard (straight_through).
     config.warm_start = ""  # Folder of a finished run whose weights are the initial ones; empty: drawn by the seed.
     config.sam = ml_collections.ConfigDict()
     config.sam.rho = 0.2  # Radius of the perturbation; 0: no SAM, half the gradients.
-    config.sam.perturbation = "independent"  # Batch of the perturbation: independent of the descent batch, or the same.
+    config.sam.perturbation = "independent"  # Direction: gradient of an independent or the same batch; noise; stale (last step).
     config.sam.perturbation_batch_size = 0  # Of an independent batch; 0: as batch_size. A smaller one costs less.
     config.sam.adaptive = "none"  # ASAM: element, filter (radius relative to the weights); none.
     config.sam.every_steps = 1  # Every how many steps weights are perturbed; the others cost one gradient.
@@ -65,6 +82,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.num_epochs = 12  # Passes over the training part by the descent batches.
     config.evaluate_every_epochs = 4  # On the validation part, in both modes.
     config.checkpoint_every_epochs = 4  # The last two checkpoints are kept.
+    config.test = True  # Whether the test part is evaluated at the end; not in runs that only choose between settings.
     config.seed = 0  # Of the weights and of the batches.
 
     if variant == "cheap_sast":

@@ -1,22 +1,19 @@
-"""The command line: `sast-jax train` and `sast-jax evaluate`."""
+"""The command line: `sast-jax train`, `evaluate` and what is made of their runs."""
 
+# Nothing of jax at the top: a command imports what it needs, and until then Ctrl-C ends the process at once.
 import argparse
+import functools
+import json
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sast_jax import config as config_lib
 from sast_jax.allocator import keep_freed_memory
-from sast_jax.errors import UserError, refuse
-from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
-from sast_jax.files import write_json
-from sast_jax.training import train_variants
-from sast_jax.training.build import load_data
-from sast_jax.training.interruption import Interrupted
-from sast_jax.training.loop import EVALUATION_BATCH_SIZE, refuse_non_finite
-from sast_jax.training.run import RESULTS, load_run, read_json, register, run_members
+from sast_jax.errors import Interrupted, SuspicionWarning, UserError, refuse
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -28,12 +25,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 130 interrupted."""
     args, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
+        import sast_jax.public  # noqa: F401
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is _leave:  # From here on there may be something to clean up, or to save.
+                signal.signal(number, signal.default_int_handler)
         _COMMANDS[args.command](args, overrides)
     except (UserError, OSError) as error:  # The system's own errors name the file: no space, no permission, no such place.
         print(f"sast-jax: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except (MemoryError, RuntimeError) as error:  # jax raises a RuntimeError that starts with this word.
+        if isinstance(error, RuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        print(
+            f"sast-jax: error: out of memory ({str(error)[:200] or 'MemoryError'}); lower batch_size, dataset.num_time_steps or "
+            "network.features, or raise num_microbatches",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"sast-jax: interrupted: {error or 'the same command goes on from the last checkpoint'}", file=sys.stderr)
+        print(f"sast-jax: interrupted: {str(error) or 'the same command goes on from the last checkpoint'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -51,7 +62,37 @@ def _parse(argv):
     train.epilog = "Any field can be set: --config.section.key=VALUE, as --config.sam.rho=0.1"
     evaluate = commands.add_parser("evaluate", help="evaluate a trained run on its test part", allow_abbrev=False)
     evaluate.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
+    evaluate.add_argument(
+        "--suite",
+        default="transfer",
+        metavar="NAMES",
+        help="of transfer, calibration, quantization, synops, robustness, all; separated by commas (transfer)",
+    )
     evaluate.epilog = "Where the recordings lie now can be set: --config.dataset.root=FOLDER"
+    theory = commands.add_parser("theory", help="compare the theory's bounds with a trained run", allow_abbrev=False)
+    theory.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
+    theory.epilog = evaluate.epilog
+    data = commands.add_parser("data", help="prepare, describe or draw the data set of a config", allow_abbrev=False)
+    data.add_argument(
+        "action", choices=("prepare", "info", "view"), help="fill the cache; print counts and rates; draw a recording"
+    )
+    data.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, as configs/nmnist.py")
+    data.add_argument("--workdir", metavar="DIR", type=Path, help="where data.json (info) or the picture (view, else here) goes")
+    data.add_argument("--recording", metavar="ID", default="", help="view: which one, as Train/3/00042; else the first")
+    data.add_argument("--format", choices=("png", "gif"), default="png", help="view: strip of frames, or animation")
+    export = commands.add_parser("export", help="write a trained run as a NIR graph", allow_abbrev=False)
+    export.add_argument(
+        "--workdir", required=True, metavar="DIR", type=Path, help="folder of a run; of a pair, its last is taken"
+    )
+    export.add_argument("--output", required=True, metavar="FILE", type=Path, help="file to write, as net.nir")
+    sweep = commands.add_parser("sweep", help="train, select and compare the methods of a study, or go on", allow_abbrev=False)
+    sweep.add_argument("--config", required=True, metavar="FILE", type=Path, help="study, as configs/study_digits.py")
+    sweep.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the study, made if missing")
+    sweep.epilog = "Any field can be set for all methods: --config.section.key=VALUE; one that is selected is then fixed"
+    export.add_argument("--calibration", metavar="METHOD", help="with what this method of the suite calibration found, or chosen")
+    report = commands.add_parser("report", help="show all that is known of a run in one HTML file", allow_abbrev=False)
+    report.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
+    report.epilog = evaluate.epilog
     rest, overrides = _split_overrides(argv)
     return parser.parse_args(rest), overrides
 
@@ -72,6 +113,10 @@ def _split_overrides(argv):
 
 
 def _train(args, overrides):
+    from sast_jax import config as config_lib
+    from sast_jax.training import train_variants
+    from sast_jax.training.run import RESULTS, read_json
+
     is_finished = read_json(args.workdir / RESULTS) is not None  # Then its recordings may be gone.
     configs = config_lib.load_configs(args.config, overrides, with_data=not is_finished)
     results = train_variants(configs, args.workdir)
@@ -79,49 +124,167 @@ def _train(args, overrides):
     print(f"\nResults: {args.workdir / RESULTS}")
 
 
+def _sweep(args, overrides):
+    from sast_jax.experiments.page import PAGE, find, write_page
+    from sast_jax.experiments.sweep import run_study
+
+    results = run_study(args.config, overrides, args.workdir)
+    write_page(results, args.workdir)
+    print("\n".join(find(results)))
+    print(f"\nResults: {args.workdir / PAGE}")
+
+
 def _evaluate(args, overrides):
+    from sast_jax.evaluation.suites import EVALUATION, evaluate_run, parse_suites, summarize
+    from sast_jax.training.run import run_members
+
+    suites = parse_suites(args.suite)
     results: dict[str, Any] = {}
     for name in run_members(args.workdir) or [""]:
         workdir = args.workdir / name
-        run = load_run(workdir)
-        config = run.config.copy_and_resolve_references().unlock()
-        elsewhere = [text for text in overrides if text.partition("=")[0] not in ("dataset.root", "dataset.download")]
-        refuse([f"{text}: evaluate takes only dataset.root and dataset.download from the command line" for text in elsewhere])
-        refuse(config_lib.apply_overrides(config, overrides) + config_lib.find_problems(config))
-        splits = load_data(config)
-        register(workdir, config, splits.describe())
-        transfer = evaluate_transfer(make_eval_step(run.network), run.params, splits.test, EVALUATION_BATCH_SIZE)
-        refuse_non_finite([transfer], run.step, workdir)
-        results[name or workdir.resolve().name] = {**transfer, "num_test": len(splits.test.labels)}
-        write_json(workdir / "evaluation.json", {"transfer": results[name or workdir.resolve().name]})
-    print(format_table(results))
+        title = name or workdir.resolve().name
+        report = functools.partial(print, f"{title}:", file=sys.stderr, flush=True)
+        results[title] = evaluate_run(workdir, suites, overrides, report)
+    if "transfer" in suites:
+        print(format_table({title: result["transfer"] for title, result in results.items()}))
+    if suites != ["transfer"]:
+        for title, result in results.items():
+            for suite, part in result.items():
+                print(f"\n{title}\n{align(summarize(suite, part))}")
+        print(f"\nResults: {', '.join(str(args.workdir / name / EVALUATION) for name in run_members(args.workdir) or [''])}")
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate}
+def _theory(args, overrides):
+    from sast_jax.evaluation.theory import format_statements
+    from sast_jax.files import write_json
+    from sast_jax.training.run import load_run_and_data, run_members
+    from sast_jax.training.theory import evaluate_run_theory
+
+    for name in run_members(args.workdir) or [""]:
+        workdir = args.workdir / name
+        run, _, splits = load_run_and_data(workdir, overrides)
+        results = evaluate_run_theory(run, splits)
+        write_json(workdir / "theory.json", results)
+        print(f"{workdir.resolve().name}, {results['num_recordings']} {results['recordings']} recordings")
+        print(format_statements(results["statements"]) + f"\n\nResults: {workdir / 'theory.json'}")
+
+
+def _data(args, overrides):
+    from sast_jax import config as config_lib
+    from sast_jax import inspection
+    from sast_jax.data import load_dataset
+    from sast_jax.data.cache import cache_dir
+    from sast_jax.files import write_json
+
+    config = next(iter(config_lib.load_configs(args.config, overrides).values()))
+    dataset = config.dataset.to_dict()
+    if args.action == "prepare":
+        splits = load_dataset(**dataset)
+        print("\n".join([f"{dataset['name']}: {json.dumps(splits.describe())}", *splits.notes, f"kept in {str(cache_dir())!r}"]))
+    elif args.action == "info":
+        summary = inspection.summarize(**dataset)
+        print(inspection.format_summary(summary))
+        if args.workdir is not None:
+            write_json(args.workdir / "data.json", summary)
+    else:
+        name = "-".join([dataset["name"], *filter(None, [args.recording.replace("/", "-")])])
+        path = (args.workdir or Path()) / f"{name}.{args.format}"
+        print(f"{inspection.draw_recording(path, args.recording, **dataset)}\n{path}")
+
+
+def _export(args, overrides):
+    from sast_jax.data import sensor_size
+    from sast_jax.evaluation.suites import load_calibration
+    from sast_jax.nir_export import make_nir_graph, write_nir_graph
+    from sast_jax.training.run import load_run
+
+    refuse([f"{text}: export takes no config fields" for text in overrides])
+    run = load_run(args.workdir)
+    dataset = run.config.dataset
+    frames = {"num_time_steps": dataset.num_time_steps, "binary": dataset.binary}
+    calibration = None if args.calibration is None else load_calibration(run, args.calibration)
+    size = (*sensor_size(dataset.name, dataset.downsample), 2)
+    graph = make_nir_graph(run.network, run.params, size, calibration, **frames)
+    write_nir_graph(args.output, graph)
+    if "warning" in graph.metadata:
+        print(f"sast-jax: warning: {graph.metadata['warning']}", file=sys.stderr)
+    print(f"{args.output}: {' - '.join(graph.nodes)}; dt {graph.metadata['dt']:g}, logits: {graph.metadata['logits']}")
+
+
+def _report(args, overrides):
+    from sast_jax.files import atomic_write
+    from sast_jax.report.gather import gather
+    from sast_jax.report.page import render
+
+    path = args.workdir / "report.html"
+    page = render(gather(args.workdir, overrides))
+    with atomic_write(path) as file:
+        file.write(page.encode())
+    print(path)
+
+
+_COMMANDS = {
+    "train": _train,
+    "sweep": _sweep,
+    "evaluate": _evaluate,
+    "theory": _theory,
+    "data": _data,
+    "export": _export,
+    "report": _report,
+}
 
 
 def format_table(runs: dict[str, dict[str, Any]]) -> str:
     """Returns the table of results by name: accuracies in percent, gap in points, cost where it is known."""
     header = ["run", "surrogate", "hard", "gap", "test samples", "gradients", "seconds"]
+
+    def percent(result, key, template):
+        return template.format(100 * result[key]) if key in result else "-"
+
     rows = [
         [
             name,
-            f"{100 * result['surrogate_accuracy']:.1f} %",
-            f"{100 * result['hard_accuracy']:.1f} %",
-            f"{100 * result['transfer_gap']:+.1f}",
+            percent(result, "surrogate_accuracy", "{:.1f} %"),
+            percent(result, "hard_accuracy", "{:.1f} %"),
+            percent(result, "transfer_gap", "{:+.1f}"),
             str(result["num_test"]),
             f"{result['num_gradient_evaluations']:g}" if "num_gradient_evaluations" in result else "-",
             f"{result['wall_time_seconds']:.0f}" if "wall_time_seconds" in result else "-",
         ]
         for name, result in runs.items()
     ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    return align([header, *rows])
+
+
+def align(rows: list[list[str]]) -> str:
+    """Returns rows of cells as lines whose columns stand below each other, the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     template = "  ".join(f"{{:{'<' if column == 0 else '>'}{width}}}" for column, width in enumerate(widths))
-    return "\n".join(template.format(*row) for row in [header, *rows])
+    return "\n".join(template.format(*row) for row in rows)
 
 
 def entry_point() -> None:
     """Entry point of the installed command."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Where training does not handle it, as Ctrl-C.
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # A folder's name may not be text.
+    warnings.showwarning = _show_warning
+    status = main()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # All is on disk; what is left is leaving.
+    if status == EXIT_INTERRUPTED:  # A library that was interrupted may crash while the interpreter ends in order.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _leave(number, frame):
+    os.write(2, b"sast-jax: interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    text = f"sast-jax: warning: {message}\n"
+    is_own = issubclass(category, SuspicionWarning)
+    sys.stderr.write(text if is_own else warnings.formatwarning(message, category, filename, lineno, line))

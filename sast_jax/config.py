@@ -1,10 +1,9 @@
 """Experiment configs: the fields there are, loading with overrides, and all problems at once."""
 
-import ast
 import difflib
+import functools
 import importlib.util
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,12 @@ import ml_collections
 
 from sast_jax import data, networks
 from sast_jax.data import recorded
-from sast_jax.errors import UserError, refuse
+from sast_jax.errors import UserError, refuse, warn
+from sast_jax.files import read_json
 from sast_jax.neurons import RESETS
 from sast_jax.sam import ADAPTIVE
 from sast_jax.spikes import FAMILIES
+from sast_jax.theory.neuron import max_current
 
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -35,20 +36,23 @@ class Field(NamedTuple):
         return self._replace(default=default)
 
 
-def _integer(low: int, high: float = math.inf) -> Field:
-    return Field(int, lambda v: low <= v <= high, f"an integer {_range(low, high)}")
+MAX_INTEGER = 2**31 - 1
+"""The largest step that an int32 counts."""
+
+MAX_NUMBER = 3e38
+"""What float32 can hold."""
 
 
-def _number(low: float, high: float = math.inf, *, above: bool = False) -> Field:
-    return Field(
-        float,
-        lambda v: math.isfinite(v) and (low < v if above else low <= v) and v <= high,
-        f"a finite number above {low}" if above else f"a finite number {_range(low, high)}",
-    )
+def _integer(low: int, high: int = MAX_INTEGER) -> Field:
+    return Field(int, lambda v: low <= v <= high, f"an integer from {low} to {high}")
 
 
-def _range(low: float, high: float) -> str:
-    return f">= {low}" if high == math.inf else f"from {low} to {high}"
+def _number(low: float, high: float = MAX_NUMBER, *, above: bool = False) -> Field:
+    if high == MAX_NUMBER:
+        allowed = f"a finite number {'above' if above else '>='} {low}"
+    else:
+        allowed = f"a finite number {'above' if above else 'from'} {low}{', at most' if above else ' to'} {high}"
+    return Field(float, lambda v: (low < v if above else low <= v) and v <= high, allowed)
 
 
 def _choice(*names: str) -> Field:
@@ -57,9 +61,25 @@ def _choice(*names: str) -> Field:
 
 MAX_SIZE = 65_536
 
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a number of neurons, channels or classes that a network may have."""
+    return type(value) is int and 1 <= value <= MAX_SIZE
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value may name the folder of a run within another."""
+    return type(value) is str and value[:1] not in ("", ".") and not set(value) & set("/\\\0")
+
+
 _FLAG = Field(bool, lambda v: True, "true or false")
 _TEXT = Field(str, lambda v: True, "text")
-_SIZES = Field(tuple, lambda v: all(type(n) is int and 1 <= n <= MAX_SIZE for n in v), "integers from 1 to 65536, as 12,32")
+_SIZES = Field(tuple, lambda v: all(map(is_size, v)), "integers from 1 to 65536, as 12,32")
+_RANGE = Field(
+    tuple,
+    lambda v: not v or (len(v) == 2 and all(type(n) is int for n in v) and 0 <= v[0] < v[1]),
+    "a first number and one past the last, as 1000,60000, or ()",
+)
 
 MAX_SEED = 2**32 - 1
 
@@ -72,6 +92,14 @@ SCHEMA: dict[str, Field] = {
     "dataset.num_validation": _integer(0),
     "dataset.num_test": _integer(0),
     "dataset.seed": _integer(0, MAX_SEED),
+    "dataset.duration": _number(0, 3600).or_else(0.0),
+    "dataset.downsample": _integer(1, 128).or_else(1),
+    "dataset.skip_bad": _FLAG.or_else(False),
+    "dataset.images": _TEXT.or_else(""),
+    "dataset.image_range": _RANGE.or_else(()),
+    "augmentation.max_shift": _integer(0, 127).or_else(0),
+    "augmentation.time_jitter": _number(0, 1).or_else(0.0),
+    "augmentation.drop": _number(0, 1).or_else(0.0),
     "network.kind": _choice(*networks.NETWORKS),
     "network.features": _SIZES,
     "network.kernel_size": _integer(1, 99),
@@ -83,11 +111,15 @@ SCHEMA: dict[str, Field] = {
     "network.slope": _number(0, above=True),
     "network.readout": _choice(*networks.READOUTS),
     "network.readout_decay": _number(0, 1),
-    "network.init_gain": _number(0, above=True),
+    "network.init_gain": _number(0, 1000, above=True),
+    "certified.margin": _number(0, 0.999).or_else(0.0),
     "mode": _choice("surrogate", "straight_through"),
+    "spikes.initial_slope": _number(0).or_else(0.0),
+    "spikes.hard_share": _number(0, 1).or_else(0.0),
+    "spikes.finish": _number(0, 1).or_else(0.0),
     "warm_start": _TEXT.or_else(""),
     "sam.rho": _number(0),
-    "sam.perturbation": _choice("independent", "same"),
+    "sam.perturbation": _choice("independent", "same", "noise", "stale"),
     "sam.perturbation_batch_size": _integer(0),
     "sam.adaptive": _choice("none", *ADAPTIVE),
     "sam.every_steps": _integer(1),
@@ -101,6 +133,7 @@ SCHEMA: dict[str, Field] = {
     "num_epochs": _integer(1),
     "evaluate_every_epochs": _integer(1),
     "checkpoint_every_epochs": _integer(1),
+    "test": _FLAG.or_else(True),
     "seed": _integer(0, MAX_SEED),
 }
 """Every field of a config, by its path."""
@@ -116,7 +149,7 @@ def load_configs(spec: str, overrides: Sequence[str] = (), *, with_data: bool = 
     `sam.rho` of a baseline stays 0.
 
     Args:
-        spec: `FILE` or `FILE:variant`.
+        spec: `FILE` or `FILE:variant`; a `.json` file holds one config, as `run.json` does, and runs no code.
         overrides: `section.key=value`, later ones win.
         with_data: Whether to look if the data folder is there.
 
@@ -129,31 +162,63 @@ def load_configs(spec: str, overrides: Sequence[str] = (), *, with_data: bool = 
     path, _, variant = spec.rpartition(":") if not Path(spec).exists() and ":" in spec else (spec, "", "")
     get_config = _load_get_config(Path(path))
     base, variants = _call(get_config, variant, path)
-    configs, problems = {}, []
+    configs, problems, unused = {}, [], set(SCHEMA)
     for name in variants:
         config = _call(get_config, name, path)[0] if name else base
-        own = frozenset(key for key, value in flatten(config).items() if name and flatten(base).get(key) != value)
+        own = frozenset(key for key, value in flatten(config).items() if name and not _equal(flatten(base).get(key), value))
         found = apply_overrides(config, overrides, keep=own) + find_problems(config, with_data=with_data)
         problems += [problem for problem in found if problem not in problems]
         configs[name] = config.lock()
+        unused &= set() if found else find_unused(config)
     refuse(problems, f"{spec}: {len(problems)} problem{'s' * (len(problems) > 1)} in the config")
+    set_in_vain = sorted(unused & {override.partition("=")[0] for override in overrides})
+    if set_in_vain:
+        warn(f"--config: {', '.join(set_in_vain)}: without effect beside the other fields of {spec}")
     return configs
 
 
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and repr(a) == repr(b)  # A file may return anything: arrays, numbers that are not numbers.
+
+
 def _load_get_config(path: Path) -> Callable[..., ml_collections.ConfigDict]:
+    if path.suffix == ".json" and path.is_file():
+        return functools.partial(_load_json, path)
+    return load_function(path, "get_config", "variant=''")
+
+
+def load_function(path: Path, name: str, arguments: str = "") -> Callable[..., Any]:
+    """Returns a function of a config file, which runs as code.
+
+    Raises:
+        UserError: If there is no such file or function, or the file cannot be run.
+    """
     if not path.is_file():
         raise UserError(f"--config: there is no file {str(path)!r}; give --config=FILE.py or --config=FILE.py:variant")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if path.suffix != ".py" or spec is None or spec.loader is None:
-        raise UserError(f"--config: {str(path)!r} is no Python file; it must end in .py and define get_config(variant='')")
+        raise UserError(f"--config: {str(path)!r} must end in .py and define {name}({arguments}), or in .json")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # A config file is code of the user's and may raise anything.
+    except (Exception, SystemExit) as error:  # A config file is code of the user's and may raise anything.
         raise UserError(f"--config: {str(path)!r} could not be run: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"--config: {str(path)!r} does not define get_config(variant='')")
-    return module.get_config
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--config: {str(path)!r} does not define {name}({arguments})")
+    return function
+
+
+def _load_json(path: Path, variant: str = "") -> ml_collections.ConfigDict:
+    """The config in a JSON file; of what `sast-jax train` writes (`run.json`, `results.json`) the run's."""
+    if variant:
+        raise ValueError("a JSON file has no variants")
+    value = read_json(path)
+    if isinstance(value, dict) and isinstance(value.get("config"), dict):
+        value = value["config"]
+    if not isinstance(value, dict):
+        raise TypeError(f"it must hold an object of sections and fields; got {type(value).__name__}")
+    return ml_collections.ConfigDict(value)
 
 
 def _call(get_config, variant: str, path: str) -> tuple[ml_collections.ConfigDict, tuple[str, ...]]:
@@ -162,15 +227,17 @@ def _call(get_config, variant: str, path: str) -> tuple[ml_collections.ConfigDic
         config = get_config(variant)
         if isinstance(config, ml_collections.ConfigDict):
             flatten(config)  # Reads every field: a placeholder that must be filled and is not raises here.
-    except Exception as error:
+            config = ml_collections.ConfigDict(config.copy_and_resolve_references()).unlock()
+    except (Exception, SystemExit) as error:
         raise UserError(f"--config: {path!r} with variant {variant!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config: get_config of {path!r} must return an ml_collections.ConfigDict; got {type(config).__name__}")
-    config = with_defaults(_with_tuples(config.copy_and_resolve_references().unlock()))
-    variants = tuple(config.get(_VARIANTS, ())) or ("",)
+    variants = config.get(_VARIANTS, ())
+    if not (isinstance(variants, tuple | list) and all(map(is_name, variants))):
+        raise UserError(f"--config: variants of {path!r} must be names, as ('baseline', 'sast'); got {variants!r}")
     if _VARIANTS in config:
         del config[_VARIANTS]
-    return config, variants
+    return with_defaults(_with_tuples(config)), tuple(variants) or ("",)
 
 
 def flatten(config: ml_collections.ConfigDict | dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +262,10 @@ def from_json(value: dict[str, Any], *, heading: str = "") -> ml_collections.Con
     Raises:
         UserError: Listing every problem.
     """
-    config = with_defaults(_with_tuples(ml_collections.ConfigDict(value)))
+    try:
+        config = with_defaults(_with_tuples(ml_collections.ConfigDict(value)))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # As a dot within a name.
+        raise UserError(f"{heading} {error}") from error
     refuse(find_problems(config, with_data=False), heading)
     return config.lock()
 
@@ -203,7 +273,7 @@ def from_json(value: dict[str, Any], *, heading: str = "") -> ml_collections.Con
 def _with_tuples(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for key, value in flatten(config).items():
         if isinstance(value, list):
-            _set(config, key, tuple(value))
+            set_field(config, key, tuple(value))
     return config
 
 
@@ -212,7 +282,7 @@ def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
     present = flatten(config)
     for key, field in SCHEMA.items():
         if field.default is not None and key not in present and key.partition(".")[0] not in present:
-            _set(config, key, field.default)
+            set_field(config, key, field.default)
     return config
 
 
@@ -229,13 +299,14 @@ def apply_overrides(
             problems.append(f"{key}: has no value; write --config.{key}=VALUE")
         elif key not in keep:
             try:
-                _set(config, key, _parse(SCHEMA[key], text))
-            except (ValueError, SyntaxError, TypeError):
+                set_field(config, key, _parse(SCHEMA[key], text))
+            except ValueError:
                 problems.append(f"{key}: must be {SCHEMA[key].allowed}; got {text!r}")
     return problems
 
 
-def _set(config, key, value):
+def set_field(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    """Sets a field by its dotted path, and its section if that is missing, whatever type it had before."""
     section, _, name = key.rpartition(".")
     target = config
     for part in section.split(".") if section else ():
@@ -255,14 +326,29 @@ def _parse(field: Field, text: str) -> Any:
     if field.type is bool:
         return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
     if field.type is tuple:
-        value = ast.literal_eval(text)
-        return tuple(value) if isinstance(value, tuple | list) else (value,)
+        return _parse_sizes(text.strip())
     return field.type(text)
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    """Parses `12,32`, with or without brackets; `()` is none."""
+    is_enclosed = text[:1] + text[-1:] in ("()", "[]")
+    inner = text[1:-1].strip() if is_enclosed else text
+    if is_enclosed and not inner:
+        return ()
+    return tuple(int(part) for part in inner.removesuffix(",").split(","))
 
 
 def _unknown(key: str) -> str:
     close = difflib.get_close_matches(key, SCHEMA, n=1) or [k for k in SCHEMA if k.rpartition(".")[2] == key.rpartition(".")[2]]
     return f"{key}: there is no such field" + (f"; did you mean {close[0]}?" if close else f"; fields are {', '.join(SCHEMA)}")
+
+
+def find_unused(config: ml_collections.ConfigDict) -> set[str]:
+    """Returns the fields that change nothing beside the others, as those of `sam` at radius 0."""
+    unused = {key for key in SCHEMA if key.startswith("sam.") and key != "sam.rho"} if not config.sam.rho else set()
+    unused |= {"network.kernel_size", "network.pool_size"} if config.network.kind == "mlp" else set()
+    return unused | ({"network.readout_decay"} if config.network.readout == "rate" else set())
 
 
 def find_problems(config: ml_collections.ConfigDict, *, with_data: bool = True) -> list[str]:
@@ -276,9 +362,9 @@ def find_problems(config: ml_collections.ConfigDict, *, with_data: bool = True) 
             problems.append(f"{key}: must be {field.allowed}; got {flat[key]!r}")
     problems = problems or _find_conflicts(config, flat)
     name, root, download = (flat.get(f"dataset.{key}") for key in ("name", "root", "download"))
-    if with_data and name == "nmnist" and type(root) is str and download is False:
+    if with_data and type(name) is type(root) is str and name in recorded.COLLECTIONS and download is False:
         try:
-            recorded.find_nmnist(root, download=False)
+            recorded.find_recordings(name, root, download=False)
         except UserError as error:
             problems.append(str(error))
     return problems
@@ -293,15 +379,30 @@ def _find_conflicts(config, flat):
     problems = []
     if config.network.kind == "conv" and not config.network.features:
         problems.append("network.features: a conv network needs at least one convolution; got none")
-    if config.network.kind == "conv" and min(data.SENSOR_SIZE) < config.network.pool_size ** len(config.network.features):
+    name, downsample = config.dataset.name, config.dataset.downsample
+    if any(size % downsample for size in data.sensor_size(name)):
+        problems.append(f"dataset.downsample: must divide the {data.sensor_size(name)[0]} pixels of {name}; got {downsample}")
+    if config.dataset.duration and data.CATALOGUE[name].duration:
+        problems.append(
+            f"dataset.duration: recordings of {name} have one length, so it must be 0, all of it; got {config.dataset.duration}"
+        )
+    num_pixels = min(data.sensor_size(name, downsample))
+    if config.network.kind == "conv" and num_pixels < config.network.pool_size ** len(config.network.features):
         problems.append(
             f"network.pool_size: {config.network.pool_size}, {len(config.network.features)} times over, leaves nothing of "
-            f"{min(data.SENSOR_SIZE)} pixels; take a smaller one, or fewer network.features"
+            f"{num_pixels} pixels; take a smaller one, or fewer network.features"
         )
-    if config.dataset.name == "nmnist" and config.dataset.num_test:
-        problems.append(f"dataset.num_test: nmnist brings its own test part, so it must be 0; got {config.dataset.num_test}")
-    if config.dataset.name == "digits" and config.dataset.num_test < 1:
+    images = config.dataset.images
+    if (images or config.dataset.image_range) and name != "digits":
+        problems.append(f"dataset.images: only digits are simulated from images, so it must be empty for {name}; got {images!r}")
+    if config.dataset.image_range and not images:
+        problems.append(f"dataset.image_range: needs dataset.images, or must be (); got {config.dataset.image_range}")
+    if name == "digits" and not images and config.dataset.num_test < 1:
         problems.append("dataset.num_test: digits needs at least 1 test sample; got 0")
+    if (images or name == "gestures") and config.dataset.num_test:
+        whose = "with dataset.images MNIST brings its" if images else "gestures bring their"
+        problems.append(f"dataset.num_test: {whose} own test part, so it must be 0; got {config.dataset.num_test}")
+    problems += _find_uncertifiable(config) if config.certified.margin else []
     if config.optimizer.weight_decay and config.optimizer.name != "adamw":
         problems.append(
             f"optimizer.weight_decay: only adamw has one; got {config.optimizer.weight_decay} with {config.optimizer.name!r}"
@@ -309,9 +410,29 @@ def _find_conflicts(config, flat):
     for key in ("batch_size", "sam.perturbation_batch_size"):
         if flat[key] % config.num_microbatches:
             problems.append(f"{key}: must be a multiple of num_microbatches, {config.num_microbatches}; got {flat[key]}")
-    if config.sam.perturbation == "same" and config.sam.perturbation_batch_size:
+    if config.sam.perturbation != "independent" and config.sam.perturbation_batch_size:
         problems.append(
-            "sam.perturbation_batch_size: the same batch has the size of the descent batch, so it must be 0; got "
+            f"sam.perturbation_batch_size: {config.sam.perturbation!r} perturbs by no batch of its own, so it must be 0; got "
             f"{config.sam.perturbation_batch_size}"
         )
+    if config.mode == "straight_through" and (config.spikes.hard_share or config.spikes.finish):
+        problems.append("spikes: in mode straight_through all spikes are hard, so hard_share and finish must be 0")
+    if not config.test and not config.dataset.num_validation:
+        problems.append("test: without the test part a run needs a validation part, so dataset.num_validation must be above 0")
+    return problems
+
+
+def _find_uncertifiable(config):
+    problems = []
+    if any(config.spikes.values()):
+        problems.append("certified.margin: contraction is of the network's own spikes, so all of spikes must be 0")
+    if config.mode != "surrogate":
+        problems.append(f"certified.margin: contraction is of smooth spikes, so mode must be surrogate; got {config.mode!r}")
+    if not config.dataset.binary:
+        problems.append("certified.margin: needs bounded frames, so dataset.binary must be true; got false")
+    neuron = {key: config.network[key] for key in ("decay", "threshold", "reset", "family", "slope")}
+    try:
+        max_current(config.certified.margin, **neuron)
+    except ValueError as error:
+        problems.append(f"certified.margin: cannot be held, as {error}; lower network.decay or the margin")
     return problems

@@ -1,4 +1,6 @@
-"""The one exception for mistakes that a user can mend."""
+"""How the user is told: a mistake to mend, an interruption, or what merely looks wrong."""
+
+import warnings
 
 
 class UserError(ValueError):
@@ -9,8 +11,25 @@ class UserError(ValueError):
     """
 
 
+class Diverged(UserError):
+    """A number of a training run is not finite any more."""
+
+
 def refuse(problems: list[str], heading: str = "") -> None:
     """Raises one `UserError` that lists all problems, one a line; returns if there are none."""
     if problems:
         lines = [heading] if heading else []
         raise UserError("\n".join(lines + [f"  {problem}" if heading else problem for problem in problems]))
+
+
+class Interrupted(Exception):
+    """Training stopped on request; a checkpoint of that moment is on disk."""
+
+
+class SuspicionWarning(UserWarning):
+    """Training goes on, but something about it looks wrong; the message says what, and what to do."""
+
+
+def warn(message: str) -> None:
+    """Issues a `SuspicionWarning`; equal messages are shown once by default."""
+    warnings.warn(message, SuspicionWarning, stacklevel=3)

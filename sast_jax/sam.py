@@ -141,8 +141,8 @@ def sam(
 
         def perturb():
             radius = rho(state.count) if callable(rho) else rho
-            direction = _direction(climb, params, normalize=normalize, adaptive=adaptive, mask=mask)
-            output = _call(grad_fn, jax.tree.map(lambda w, e: (w + radius * e).astype(w.dtype), params, direction))
+            point = perturb_weights(params, climb, radius, normalize=normalize, adaptive=adaptive, mask=mask)
+            output = _call(grad_fn, point)
             descent, new_aux = output if aux is not None else (output, None)
             new_aux = jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state.aux, new_aux)
             wide = jax.tree.map(lambda g: g.astype(_wide(g)), descent)
@@ -164,6 +164,29 @@ def sam(
         return gradient, SamState(optax.safe_increment(state.count), new_aux, sharpness)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def perturb_weights(
+    params: Any,
+    direction: Any,
+    rho: float | jax.Array,
+    *,
+    normalize: bool = True,
+    adaptive: Adaptive | None = None,
+    mask: Any = None,
+) -> Any:
+    """Returns the weights moved by `rho` in a direction, as `sam` moves them along a gradient.
+
+    Args:
+        params: Weights.
+        direction: Gradient, or any tree shaped as the weights.
+        rho: Radius, >= 0.
+        normalize: As in `sam`.
+        adaptive: As in `sam`.
+        mask: As in `sam`.
+    """
+    step = _direction(direction, params, normalize=normalize, adaptive=adaptive, mask=mask)
+    return jax.tree.map(lambda w, e: (w + rho * e).astype(w.dtype), params, step)
 
 
 def _wide(leaf):

@@ -29,13 +29,13 @@ class SurrogateFamily(NamedTuple):
             :math:`\sigma'` (the fast sigmoid has no second derivative at 0 itself).
     """
 
-    value: Callable[[jax.Array, float], jax.Array]
-    derivative: Callable[[jax.Array, float], jax.Array]
+    value: Callable[[jax.Array, float | jax.Array], jax.Array]
+    derivative: Callable[[jax.Array, float | jax.Array], jax.Array]
     max_derivative: Callable[[float], float]
     max_second_derivative: Callable[[float], float]
 
 
-def arctan(x: jax.Array, slope: float) -> jax.Array:
+def arctan(x: jax.Array, slope: float | jax.Array) -> jax.Array:
     r"""Arctangent surrogate, :math:`\sigma(x) = 1/2 + \arctan(\tfrac{\pi}{2} k x) / \pi`.
 
     References:
@@ -71,12 +71,12 @@ def _fast_arctan_jvp(primals, tangents):
     return _fast_arctan(x), tangent / (1 + jnp.square(x))
 
 
-def logistic(x: jax.Array, slope: float) -> jax.Array:
+def logistic(x: jax.Array, slope: float | jax.Array) -> jax.Array:
     r"""Logistic surrogate, :math:`\sigma(x) = 1 / (1 + e^{-k x})`."""
     return jax.nn.sigmoid(slope * x)
 
 
-def fast_sigmoid(x: jax.Array, slope: float) -> jax.Array:
+def fast_sigmoid(x: jax.Array, slope: float | jax.Array) -> jax.Array:
     r"""Fast sigmoid surrogate, :math:`\sigma(x) = \tfrac12 \bigl(1 + k x / (1 + k |x|)\bigr)`.
 
     References:
@@ -112,7 +112,7 @@ def _step_function(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def heaviside(x: jax.Array, slope: float, family: str) -> jax.Array:
+def heaviside(x: jax.Array, slope: float | jax.Array, family: str) -> jax.Array:
     r"""Step function whose derivative is replaced by a surrogate's: the straight-through spike.
 
     .. math:: H(x) = 1 \text{ if } x > 0 \text{ else } 0, \qquad \partial H / \partial x := \sigma_k'(x)
@@ -146,7 +146,7 @@ def _heaviside_bwd(family, residuals, cotangent):
 heaviside.defvjp(_heaviside_fwd, _heaviside_bwd)
 
 
-def spike_fn(mode: Mode, family: str = "arctan", slope: float = 2.0) -> SpikeFn:
+def spike_fn(mode: Mode, family: str = "arctan", slope: float | jax.Array = 2.0) -> SpikeFn:
     r"""Returns the function from potential minus threshold to spikes.
 
     ==================  ===================  ====================  ==================================================
@@ -185,3 +185,31 @@ def spike_fn(mode: Mode, family: str = "arctan", slope: float = 2.0) -> SpikeFn:
     if mode == "hard":
         return _step_function
     return lambda x: heaviside(x, slope, family)
+
+
+def mixed_spike_fn(is_hard: Callable[[jax.Array], jax.Array], family: str = "arctan", slope: float | jax.Array = 2.0) -> SpikeFn:
+    r"""Returns a spike function for training that is hard for some neurons and smooth for the others.
+
+    .. math:: s = m\, H(x) + (1 - m)\, \sigma_k(x), \qquad \partial s / \partial x := \sigma_k'(x)
+
+    With :math:`m` drawn at random for every neuron this is the forward pass of adaptive smoothing gradient learning; with one
+    :math:`m` for all it switches from `surrogate` to `straight_through` without a second compilation.
+
+    Args:
+        is_hard: Function from the potential minus threshold to :math:`m`, booleans that broadcast to its shape.
+        family: Surrogate family.
+        slope: Slope :math:`k > 0`; may be traced.
+
+    Returns:
+        An element-wise function that keeps shape and dtype.
+
+    Example:
+        >>> x = jnp.array([-1.0, 1.0])
+        >>> print(mixed_spike_fn(lambda x: x > 0, "arctan", 2.0)(x).round(3))
+        [0.098 1.   ]
+
+    References:
+        Wang, Jiang, Lian, Yan, Tang. Adaptive Smoothing Gradient Learning for Spiking Neural Networks. ICML 2023.
+    """
+    smooth, hard = spike_fn("surrogate", family, slope), spike_fn("straight_through", family, slope)
+    return lambda x: jnp.where(is_hard(x), hard(x), smooth(x))

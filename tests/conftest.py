@@ -1,10 +1,12 @@
 import os
+import struct
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from sast_jax.config import load_configs
 from sast_jax.data.cache import Recordings
 
 
@@ -51,9 +53,8 @@ def write_nmnist_file(path, events):
     path.write_bytes(bytes(raw))
 
 
-@pytest.fixture
-def small_nmnist(tmp_path):
-    """A folder in N-MNIST's layout with 4 training and 2 test recordings of each digit, a blob in a place of its digit."""
+def write_small_nmnist(root):
+    """Writes a folder in N-MNIST's layout with 4 training and 2 test recordings of each digit, a blob in a place of its digit."""
     rng = np.random.default_rng(0)
     for part, number in (("Train", 4), ("Test", 2)):
         for digit in range(10):
@@ -62,8 +63,102 @@ def small_nmnist(tmp_path):
                 xs = np.clip(rng.normal(5 + 6 * (digit % 5), 2, 400), 0, 33).astype(int)
                 ys = np.clip(rng.normal(8 + 16 * (digit // 5), 2, 400), 0, 33).astype(int)
                 events = zip(xs.tolist(), ys.tolist(), times.tolist(), rng.integers(0, 2, 400).tolist(), strict=True)
-                write_nmnist_file(tmp_path / "data" / part / str(digit) / f"{i:05d}.bin", events)
-    return tmp_path / "data"
+                write_nmnist_file(root / part / str(digit) / f"{i:05d}.bin", events)
+    return root
+
+
+@pytest.fixture
+def small_nmnist(tmp_path):
+    """The folder of `write_small_nmnist`."""
+    return write_small_nmnist(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def gesture_root():
+    """The folder of real DVS128 Gesture recordings."""
+    root = Path(os.environ.get("SAST_JAX_DATA", "")) / "DVSGesture"
+    if not os.environ.get("SAST_JAX_DATA") or not root.is_dir():
+        pytest.skip("needs real DVS128 Gesture recordings in $SAST_JAX_DATA/DVSGesture")
+    return root
+
+
+def write_aedat(path, packets, header="#!AER-DAT3.1\r\n#Format: RAW\r\n#Source 0: DVS128\r\n#!END-HEADER\r\n"):
+    """Writes packets of polarity events (x, y, t, p) in AEDAT 3.1, independently of the reader."""
+    raw = bytearray(header.encode())
+    for events in packets:
+        overflow = events[0][2] >> 31 if events else 0
+        raw += struct.pack("<hhiiiiii", 1, 0, 8, 4, overflow, len(events), len(events), len(events))
+        for x, y, t, p in events:
+            raw += struct.pack("<Ii", x << 17 | y << 2 | p << 1 | 1, t & 0x7FFFFFFF)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(raw))
+
+
+def gesture_events(seed, *, num_events=300, start=0, length=900_000):
+    """Events (x, y, t, p) anywhere on the sensor, in order; the first one at the start."""
+    rng = np.random.default_rng(seed)
+    times = np.sort(rng.integers(start, start + length, num_events))
+    times[0] = start
+    x, y, p = rng.integers(0, 128, num_events), rng.integers(0, 128, num_events), rng.integers(0, 2, num_events)
+    return list(zip(x.tolist(), y.tolist(), times.tolist(), p.tolist(), strict=True))
+
+
+@pytest.fixture
+def small_gestures(tmp_path):
+    """A folder in tonic's layout of DVS128 Gesture: 4 users, 2 of them of the test part, 11 classes each."""
+    for part, users in (("Train", (1, 7)), ("Test", (24, 29))):
+        for user in users:
+            folder = tmp_path / "gestures" / f"ibmGesture{part}" / f"user{user:02d}_led"
+            folder.mkdir(parents=True)
+            for label in range(11):
+                x, y, t, p = zip(*gesture_events(100 * user + label), strict=True)
+                np.save(folder / f"{label}.npy", np.array([x, y, p, np.array(t) / 1000], np.float32).T)
+    return tmp_path / "gestures"
+
+
+@pytest.fixture
+def small_aedat(tmp_path):
+    """A folder in the layout of DVS128 Gesture's authors: 2 users, 3 gestures each, class 8 twice; and its events by id."""
+    expected = {}
+    for user in (2, 25):
+        name = f"user{user:02d}_natural"
+        lines, packets = ["class,startTime_usec,endTime_usec"], []
+        for i, (label, gesture) in enumerate(((1, "0"), (8, "7"), (8, "7-2"))):
+            start = 5_000_000 * (i + 1)
+            events = gesture_events(10 * user + i, start=start)
+            expected[f"{name}/{gesture}"] = [(x, y, t - start, p) for x, y, t, p in events]
+            lines.append(f"{label},{start},{start + 1_000_000}")
+            between = gesture_events(1000 + i, num_events=5, start=start + 2_000_000, length=100)
+            packets += [events[:100], events[100:], between]
+        write_aedat(tmp_path / "original" / f"{name}.aedat", packets)
+        (tmp_path / "original" / f"{name}_labels.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "original", expected
+
+
+TINY = [
+    "dataset.num_time_steps=3",
+    "dataset.num_validation=10",
+    "network.kind=mlp",
+    "network.features=8",
+    "batch_size=10",
+    "num_epochs=10",
+    "evaluate_every_epochs=2",
+    "checkpoint_every_epochs=3",
+]
+
+
+@pytest.fixture
+def tiny(small_nmnist):
+    """Returns a function from a variant and overrides to the config of a run of 30 steps."""
+
+    def load(variant="sast", *overrides):
+        return load_configs(f"configs/nmnist.py:{variant}", [*TINY, f"dataset.root={small_nmnist}", *overrides])[""]
+
+    return load
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.fixture

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from sast_jax import load_run
+from sast_jax import Calibration, cli, load_run
 from sast_jax.cli import format_table, main
-from sast_jax.errors import UserError
+from sast_jax.errors import SuspicionWarning, UserError
+from sast_jax.evaluation.suites import SUITES
+from sast_jax.training.build import load_data
 from tests.conftest import write_nmnist_file
 
 TINY = [
@@ -77,8 +80,59 @@ def test_recordings_that_moved_are_found_by_evaluate(train, capsys, small_nmnist
     capsys.readouterr()
     assert "does not exist" in refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'run'}"]))
     assert main(["evaluate", f"--workdir={tmp_path / 'run'}", f"--config.dataset.root={tmp_path / 'moved'}"]) == 0
+    capsys.readouterr()
     message = refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'run'}", "--config.sam.rho=1"]))
-    assert "evaluate takes only dataset.root and dataset.download" in message
+    assert "only dataset.root, dataset.download and dataset.images can be set" in message
+
+
+def test_suites_are_gathered_in_one_file_until_the_weights_change(train, capsys, tmp_path):
+    assert train(config="configs/nmnist.py:sast") == 0
+    run = tmp_path / "run"
+    capsys.readouterr()
+    assert main(["evaluate", f"--workdir={run}", "--suite=synops,transfer"]) == 0
+    table = capsys.readouterr()
+    assert "effective ACs" in table.out
+    assert "evaluation.json" in table.out
+    assert "run: synops (2 of 2)" in table.err
+    first = json.loads((run / "evaluation.json").read_text())
+    assert first.keys() == {"step", "transfer", "synops"}
+    assert main(["evaluate", f"--workdir={run}"]) == 0
+    assert json.loads((run / "evaluation.json").read_text()) == first
+
+    (run / "evaluation.json").write_text(json.dumps({**first, "step": first["step"] - 1}))
+    assert main(["evaluate", f"--workdir={run}"]) == 0
+    assert json.loads((run / "evaluation.json").read_text()).keys() == {"step", "transfer"}
+
+
+@pytest.mark.slow
+def test_all_suites_agree_on_what_they_share(train, capsys, tmp_path):
+    assert train(config="configs/nmnist.py:sast") == 0
+    run = tmp_path / "run"
+    assert main(["evaluate", f"--workdir={run}", "--suite=all"]) == 0
+    written = json.loads((run / "evaluation.json").read_text())
+    assert written.keys() == {"step", *SUITES}
+    assert written["calibration"]["split"] == "validation"
+    assert written["calibration"]["methods"]["none"]["accuracy"] == written["transfer"]["hard_accuracy"]
+    assert written["robustness"]["clean"]["hard_accuracy"] == written["transfer"]["hard_accuracy"]
+    assert written["quantization"]["float"]["synops"]["dense"] == written["synops"]["dense"]
+    assert all(row["reference"]["equal"] for row in written["quantization"]["configurations"])
+    assert all(result["num_test"] == 20 for suite, result in written.items() if suite != "step")
+    table = capsys.readouterr().out
+    for text in ("gradient_channel", "INT4 per channel, decay power", "hot_pixels"):
+        assert text in table
+
+    method = written["calibration"]["methods"]["threshold_channel"]
+    found = Calibration(*(tuple(map(np.array, method[key].values())) for key in ("thresholds", "gains")))
+    loaded = load_run(run)
+    test = load_data(loaded.config).test
+    decided = np.asarray(loaded.predict(test.frames.swapaxes(0, 1), "hard", found)).argmax(-1)
+    assert np.mean(decided == test.labels) == method["accuracy"]
+
+
+def test_unknown_suite_is_refused(capsys, tmp_path):
+    message = refused(capsys, main(["evaluate", f"--workdir={tmp_path}", "--suite=transfer,synopses"]))
+    assert "--suite: must be of transfer, calibration, quantization, synops, robustness, all" in message
+    assert "got 'synopses'" in message
 
 
 def test_mistakes_in_the_config_are_told_together(train, capsys, tmp_path):
@@ -195,6 +249,7 @@ def test_table_aligns_its_columns():
     lines = format_table({"a": result, "longer": {**result, "wall_time_seconds": 3.4}}).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split() == ["a", "90.0", "%", "95.0", "%", "-5.0", "20", "-", "-"]
+    assert format_table({"untested": {"num_test": 0}}).splitlines()[1].split() == ["untested", "-", "-", "-", "0", "-", "-"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -220,3 +275,48 @@ def test_interrupted_command_writes_a_checkpoint_exits_130_and_goes_on(number, s
         process.stderr.read()
         assert process.wait(60) == 130
     assert int(first.split("epoch ")[1].split(",")[0]) > 2
+
+
+@pytest.mark.slow
+def test_command_interrupted_at_any_time_exits_130_without_a_traceback(small_nmnist, tmp_path):
+    arguments = [
+        "train",
+        "--config=configs/nmnist.py:sast",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.dataset.root={small_nmnist}",
+    ]
+    command = [sys.executable, "-m", "sast_jax", *arguments, *TINY[:-1], "--config.num_epochs=400"]
+    for tenths in (4, 7, 10, 14, 18, 25, 40):  # In the imports, the reading of the data, compilation, training.
+        number = signal.SIGINT if tenths % 2 else signal.SIGTERM
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(tenths / 10)
+            process.send_signal(number)
+            text = process.stderr.read()
+            assert process.wait(60) == 130, (tenths, text)
+        assert "sast-jax: interrupted" in text
+        assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")])
+def test_lack_of_memory_is_a_message(train, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("sast_jax.training.loop.make_train_step", fail)
+    assert "out of memory" in refused(capsys, train(config="configs/nmnist.py:sast"))
+
+
+def test_other_errors_of_the_program_itself_are_not_hidden(train, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("sast_jax.training.loop.make_train_step", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(config="configs/nmnist.py:sast")
+
+
+def test_warning_is_a_line_and_a_foreign_one_stays_what_it_is(capsys):
+    cli._show_warning(SuspicionWarning("layer 0 is dead"), SuspicionWarning, "file.py", 3)
+    assert capsys.readouterr().err == "sast-jax: warning: layer 0 is dead\n"
+    cli._show_warning(UserWarning("other"), UserWarning, "file.py", 3)
+    assert "file.py:3: UserWarning: other" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from sast_jax.config import SCHEMA, flatten, from_json, load_configs, to_json
 from sast_jax.errors import UserError
 from sast_jax.training.build import make_network, make_optimizer
 
-FILES = sorted(Path("configs").glob("*.py"))
+FILES = [path for path in sorted(Path("configs").glob("*.py")) if not path.name.startswith("study_")]
 
 
 def problems_of(spec, *overrides):
@@ -26,12 +26,13 @@ def write_config(tmp_path, body):
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_shipped_config_has_every_field_each_with_a_comment(path, small_nmnist):
+def test_shipped_config_has_every_field_each_with_a_comment(path, small_nmnist, small_gestures):
+    root = small_gestures if path.stem == "dvs_gesture" else small_nmnist
     text = path.read_text()
     for key in SCHEMA:
         assert re.search(rf"^    config\.{re.escape(key)} = .+  # .+", text, re.M), key
     for variant in ("", ":baseline", ":sast", ":cheap_sast", ":straight_through"):
-        configs = load_configs(f"{path}{variant}", [f"dataset.root={small_nmnist}"])
+        configs = load_configs(f"{path}{variant}", [f"dataset.root={root}"])
         assert list(configs) == (["baseline", "sast"] if not variant else [""])
         for config in configs.values():
             assert flatten(config).keys() == SCHEMA.keys()
@@ -46,6 +47,24 @@ def test_variants_are_what_they_are_called():
         "sast": ("surrogate", True),
         "straight_through": ("straight_through", False),
     }
+
+
+def test_small_variant_of_dvs_gesture_is_a_pair_and_less_network(small_gestures):
+    override = [f"dataset.root={small_gestures}"]
+    pair = load_configs("configs/dvs_gesture.py:small", override)
+    assert {name: config.sam.rho > 0 for name, config in pair.items()} == {"small_baseline": False, "small_sast": True}
+    full = load_configs("configs/dvs_gesture.py:sast", override)[""]
+    assert len(pair["small_sast"].network.features) < len(full.network.features)
+    assert pair["small_sast"].dataset.downsample > full.dataset.downsample
+    assert load_configs("configs/dvs_gesture.py:small_straight_through", override)[""].mode == "straight_through"
+
+
+def test_pixels_that_cannot_be_joined_and_a_duration_that_is_not_to_choose_are_refused():
+    text = problems_of("configs/digits.py:sast", "dataset.downsample=4", "dataset.duration=0.2")
+    assert "dataset.downsample: must divide the 34 pixels of digits; got 4" in text
+    assert "dataset.duration: recordings of digits have one length, so it must be 0, all of it; got 0.2" in text
+    text = problems_of("configs/digits.py:sast", "dataset.downsample=17", "network.pool_size=2")
+    assert "leaves nothing of 2 pixels" in text
 
 
 def test_override_sets_a_field_of_each_type():
@@ -82,8 +101,8 @@ def test_all_problems_are_told_at_once_with_what_is_allowed():
         "sam.rho: must be a finite number >= 0; got -1.0",
         "network.decay: must be a finite number from 0 to 1; got 1.5",
         "network.reset: must be one of zero, subtract, none; got 'soft'",
-        "batch_size: must be an integer >= 1; got 'ten'",
-        "num_epochs: must be an integer >= 1; got '2.5'",
+        "batch_size: must be an integer from 1 to 2147483647; got 'ten'",
+        "num_epochs: must be an integer from 1 to 2147483647; got '2.5'",
         "network.features: must be integers from 1 to 65536, as 12,32; got '12,x'",
         "optimizer.learning_rate: must be a finite number above 0; got nan",
         "dataset.binary: must be true or false; got 'perhaps'",
@@ -145,7 +164,7 @@ def test_missing_file_and_unknown_variant_are_named(tmp_path):
     assert "there is no file 'none.py'" in problems_of("none.py")
     assert "there is no file 'none.py'" in problems_of("none.py:sast")
     (tmp_path / "config.txt").touch()
-    assert "is no Python file" in problems_of(str(tmp_path / "config.txt"))
+    assert "must end in .py and define get_config" in problems_of(str(tmp_path / "config.txt"))
     assert "must be one of baseline, sast, cheap_sast, straight_through" in problems_of("configs/digits.py:other")
 
 
@@ -156,7 +175,7 @@ def test_wrong_types_in_a_file_are_found(tmp_path):
     )
     path = write_config(tmp_path, text.replace("config.network.features = (", "config.network.features = (0, "))
     found = problems_of(f"{path}:sast", "dataset.root=elsewhere")
-    assert "batch_size: must be an integer >= 1; got 'many'" in found
+    assert "batch_size: must be an integer from 1 to 2147483647; got 'many'" in found
     assert "network.features: must be integers from 1 to 65536, as 12,32; got (0, " in found
 
 

@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,40 +17,16 @@ from sast_jax.errors import UserError
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.training import Interrupted, init_state, make_train_step, read_metrics, train_and_evaluate, train_variants
 from sast_jax.training.build import load_data, make_network, make_optimizer
-from sast_jax.training.checkpoints import Checkpoints, load_params
+from sast_jax.training.checkpoints import Checkpoints, restore
 from sast_jax.training.progress import Progress
-
-TINY = [
-    "dataset.num_time_steps=3",
-    "dataset.num_validation=10",
-    "network.kind=mlp",
-    "network.features=8",
-    "batch_size=10",
-    "num_epochs=10",
-    "evaluate_every_epochs=2",
-    "checkpoint_every_epochs=3",
-]
-
-
-@pytest.fixture
-def tiny(small_nmnist):
-    """Returns a function from a variant and overrides to the config of a run of 30 steps."""
-
-    def load(variant="sast", *overrides):
-        return load_configs(f"configs/nmnist.py:{variant}", [*TINY, f"dataset.root={small_nmnist}", *overrides])[""]
-
-    return load
-
-
-def assert_trees_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+from tests.conftest import TINY, assert_trees_equal
 
 
 def last_state(workdir, config):
     splits = load_data(config)
     network = make_network(config, splits.num_classes)
     state = init_state(network, make_optimizer(config, 30), splits.train.frames[:1].swapaxes(0, 1), seed=9)
-    state, _ = Checkpoints(workdir).restore(state)
+    state, _ = restore(workdir, state)
     return state
 
 
@@ -114,10 +92,13 @@ def test_step_gives_its_state_away_and_compiles_once():
     assert step._cache_size() == 1
 
 
+AUGMENTED = ("augmentation.max_shift=1", "augmentation.time_jitter=0.2", "augmentation.drop=0.1")
+
+
 # At the end of epoch 4, and within epoch 6.
-@pytest.mark.parametrize(("variant", "stop_at"), [("sast", 12), ("sast", 17), ("baseline", 17)])
-def test_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(tiny, tmp_path, monkeypatch, stop_at, variant):
-    config = tiny(variant)
+@pytest.mark.parametrize(("variant", "stop_at", "overrides"), [("sast", 12, ()), ("sast", 17, AUGMENTED), ("baseline", 17, ())])
+def test_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(tiny, tmp_path, monkeypatch, variant, stop_at, overrides):
+    config = tiny(variant, *overrides)
     straight = train_and_evaluate(config, tmp_path / "straight")
 
     advance, steps = Progress.advance, []
@@ -148,6 +129,27 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(tiny, tmp_path
     assert np.abs(a["readout"]["kernel"] - c["readout"]["kernel"]).max() > 0.01
 
 
+def test_same_seed_gives_the_same_weights_in_another_process(tiny, tmp_path, small_nmnist):
+    config = tiny("sast", "num_epochs=2")
+    train_and_evaluate(config, tmp_path / "here")
+    command = [
+        sys.executable,
+        "-m",
+        "sast_jax",
+        "train",
+        f"--config={tmp_path / 'here' / 'run.json'}",
+        f"--workdir={tmp_path / 'there'}",
+    ]
+    # What may differ between processes: the order of sets, and whether programs were compiled or loaded.
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert_trees_equal(load_run(tmp_path / "here").params, load_run(tmp_path / "there").params)
+    here, there = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("here", "there"))
+    assert {key: value for key, value in here.items() if "seconds" not in key} == {
+        key: value for key, value in there.items() if "seconds" not in key
+    }
+
+
 def test_perturbation_batch_and_radius_change_what_is_learnt(tiny, tmp_path):
     kernels = []
     for i, override in enumerate(("sam.perturbation=independent", "sam.perturbation=same", "sam.rho=0.01")):
@@ -156,6 +158,7 @@ def test_perturbation_batch_and_radius_change_what_is_learnt(tiny, tmp_path):
     assert min(np.abs(kernels[i] - kernels[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-4
 
 
+@pytest.mark.slow
 def test_cheaper_schedules_cost_what_they_say(tiny, tmp_path):
     costs = {
         (): 60,
@@ -183,7 +186,7 @@ def test_warm_start_goes_on_from_the_weights_of_a_finished_run_and_adds_its_cost
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("network.features=9", r"\['dense_0'\]\['bias'\] is \(8,\) there and \(9,\) here; .*set config.network"),
+        ("network.features=9", r"\['dense_0'\]\['bias'\] is \(8,\) there and \(9,\) here"),
         ("dataset.seed=1", "may have seen samples"),
         ("", "has not finished"),
     ],
@@ -195,7 +198,7 @@ def test_warm_start_from_other_weights_data_or_an_unfinished_run_is_refused(tiny
     overrides = [f"warm_start={tmp_path / 'first'}", *filter(None, [change])]
     with pytest.raises(UserError, match=message):
         train_and_evaluate(tiny("sast", *overrides), tmp_path / "second")
-    assert not (tmp_path / "second").exists()
+    assert not (tmp_path / "second" / "run.json").exists()
 
 
 @pytest.mark.parametrize("perturbation", ["same", "independent"])
@@ -219,8 +222,8 @@ def test_checkpoint_holds_the_state_of_its_step_though_the_step_after_it_takes_t
     checkpoints.save(state, seconds=1.0)
     for _ in range(5):
         state, _ = step(state, draw(0))
-    restored, seconds = checkpoints.restore(state)
     checkpoints.close()
+    restored, seconds = restore(tmp_path, state)
     assert_trees_equal(restored.params, expected)
     assert seconds == 1.0
     assert np.abs(expected["readout"]["kernel"] - state.params["readout"]["kernel"]).max() > 0
@@ -317,7 +320,7 @@ def test_gradient_at_the_perturbed_weights_that_is_not_finite_stops_the_run_befo
     config = tiny("sast", "sam.rho=1e38", "batch_size=30", "checkpoint_every_epochs=1", "evaluate_every_epochs=1")
     with pytest.raises(UserError, match=r"update_norm is (nan|inf) at step 1;"):
         train_and_evaluate(config, tmp_path)
-    assert load_params(tmp_path) is None
+    assert not any((tmp_path / "checkpoints").iterdir())
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(recordings):

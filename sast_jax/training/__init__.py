@@ -1,6 +1,6 @@
 """Training runs: state and step, the loop, and what they leave on disk."""
 
-from sast_jax.training.interruption import Interrupted
+from sast_jax.errors import Interrupted
 from sast_jax.training.loop import read_metrics, train_and_evaluate, train_variants
 from sast_jax.training.run import Run, load_run
 from sast_jax.training.state import TrainState, init_state, make_train_step

@@ -4,10 +4,6 @@ import signal
 import threading
 
 
-class Interrupted(Exception):
-    """Training stopped on request; a checkpoint of that moment is on disk."""
-
-
 class StopRequest:
     """Context in which the first SIGINT or SIGTERM only sets `requested`; a second SIGINT acts as usual.
 

@@ -1,9 +1,11 @@
 """A run on disk: its folder, and how to use a trained one."""
 
+import functools
 import importlib.metadata
-import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +14,21 @@ import ml_collections
 import numpy as np
 
 from sast_jax import config as config_lib
+from sast_jax import files
+from sast_jax.data import Splits, sensor_size
 from sast_jax.errors import UserError, refuse
 from sast_jax.files import write_json
-from sast_jax.networks import SpikingNetwork
+from sast_jax.networks import Calibration, SpikingNetwork
 from sast_jax.spikes import Mode
-from sast_jax.training.build import make_network
-from sast_jax.training.checkpoints import load_params
+from sast_jax.training.build import load_data, make_network, make_optimizer, make_projection
+from sast_jax.training.checkpoints import restore
+from sast_jax.training.state import init_state
 
 RUN, RESULTS, METRICS = "run.json", "results.json", "metrics.jsonl"
 RUNS = "runs.json"  # In a folder of several runs: their names, in the order in which they are trained.
 
-_MAY_MOVE = {"dataset.root", "dataset.download"}  # Where recordings lie; what they are is compared by checksum.
+MAY_MOVE = ("dataset.root", "dataset.download", "dataset.images")
+"""Where recordings and images lie; what they are is compared by checksum."""
 
 
 def environment() -> dict[str, Any]:
@@ -34,10 +40,15 @@ def environment() -> dict[str, Any]:
     }
 
 
-_PROMISED = {
-    RUN: {"config", "data", "environment"},
-    RESULTS: {"surrogate_accuracy", "hard_accuracy", "transfer_gap", "num_test"},
+FORMAT = 1
+"""Version of what a run folder holds. Raise it when a config field, a file or a weight means something else than before."""
+
+_PROMISED: dict[str, dict[str, type | UnionType]] = {
+    RUN: {"config": dict, "data": dict, "environment": dict},
+    RESULTS: dict.fromkeys(("surrogate_accuracy", "hard_accuracy", "transfer_gap", "num_test"), int | float),
 }
+_UNTESTED: dict[str, type | UnionType] = {"num_test": int, "validation": dict}
+"""What `results.json` holds if the test part was left out."""
 
 
 def read_json(path: Path) -> Any:
@@ -47,17 +58,31 @@ def read_json(path: Path) -> Any:
         UserError: If it is there but damaged, or not what `sast-jax train` writes under that name.
     """
     try:
-        value = json.loads(path.read_text())
+        value = files.read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); restore it, or choose another --workdir") from error
-    promised = _PROMISED.get(path.name, set())
-    if promised and not (isinstance(value, dict) and promised <= value.keys()):
-        raise UserError(
-            f"{path}: is damaged or not of sast-jax: it must hold {', '.join(sorted(promised))}; choose another --workdir"
-        )
+    promised = _PROMISED.get(path.name, {})
+    if path.name == RESULTS and isinstance(value, dict) and value.get("num_test") == 0:
+        promised = _UNTESTED
+    is_whole = isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in promised.items())
+    if promised and not is_whole:
+        raise UserError(f"{path}: is damaged or not of sast-jax: it must hold {', '.join(promised)}; choose another --workdir")
+    if path.name == RUN:
+        _check_run(path, value)
     return value
+
+
+def _check_run(path, run):
+    data, version = run["data"], run.get("format", 1)  # The first runs did not say.
+    if version != FORMAT:
+        raise UserError(
+            f"{path}: is of sast_jax {run['environment'].get('sast_jax')}, which wrote runs of format {version!r}; this version "
+            f"reads format {FORMAT}. Use that version of sast_jax, or train again in another --workdir"
+        )
+    if not isinstance(data.get("checksum"), str) or not config_lib.is_size(data.get("num_classes")):
+        raise UserError(f"{path}: is damaged: data must hold checksum and num_classes; choose another --workdir")
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -75,9 +100,9 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     if run is None and (workdir / RESULTS).exists():
         raise UserError(f"--workdir: {str(workdir)!r} has {RESULTS} but no {RUN}; choose another folder")
     if run is not None:
-        old = config_lib.flatten(config_lib.with_defaults(ml_collections.ConfigDict(run["config"])))
+        old = config_lib.flatten(config_lib.to_json(read_config(workdir, run)))
         new = config_lib.flatten(config_lib.to_json(config))
-        differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in _MAY_MOVE]
+        differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in MAY_MOVE]
         refuse(
             [f"{key}: the run has {old.get(key)!r}, the config {new.get(key)!r}" for key in differing],
             f"--workdir: {str(workdir)!r} is a run of another config; choose another folder, or the config that made it:",
@@ -85,7 +110,7 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def register(workdir: Path, config: ml_collections.ConfigDict, description: dict[str, Any]) -> None:
-    """Writes what a run is, `{"config", "data", "environment"}`, or checks it against what is written there.
+    """Writes what a run is, `{"format", "config", "data", "environment"}`, or checks it against what is written there.
 
     Args:
         workdir: Folder of the run, made if missing.
@@ -98,7 +123,15 @@ def register(workdir: Path, config: ml_collections.ConfigDict, description: dict
     run = read_json(workdir / RUN)
     if run is None:
         try:
-            write_json(workdir / RUN, {"config": config_lib.to_json(config), "data": description, "environment": environment()})
+            write_json(
+                workdir / RUN,
+                {
+                    "format": FORMAT,
+                    "config": config_lib.to_json(config),
+                    "data": description,
+                    "environment": environment(),
+                },
+            )
         except OSError as error:
             raise UserError(f"--workdir: cannot write to {str(workdir)!r}: {error}") from error
     elif run["data"]["checksum"] != description["checksum"]:
@@ -108,11 +141,24 @@ def register(workdir: Path, config: ml_collections.ConfigDict, description: dict
         )
 
 
+def read_config(workdir: Path, run: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Returns the config of what `run.json` holds; fields that a later version brought have their defaults.
+
+    Raises:
+        UserError: If the config has fields or values that this version does not know.
+    """
+    writer = run["environment"].get("sast_jax")
+    return config_lib.from_json(
+        run["config"],
+        heading=f"{workdir / RUN}: its config, of sast_jax {writer}, is not one of this version; use that one, or train again:",
+    )
+
+
 def run_members(workdir: Path) -> list[str]:
     """Returns the names of the runs in a folder of several, in the order in which they are trained; none for a single run."""
     names = read_json(workdir / RUNS)
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(f"{workdir / RUNS}: must be a list of names; choose another --workdir")
+    if names is not None and not (isinstance(names, list) and all(map(config_lib.is_name, names))):
+        raise UserError(f"{workdir / RUNS}: must be a list of names of folders in it; choose another --workdir")
     return names or []
 
 
@@ -135,55 +181,64 @@ class Run(NamedTuple):
     step: int
     workdir: Path
 
-    def predict(self, frames: np.ndarray, mode: Mode = "hard") -> jax.Array:
+    def predict(self, frames: np.ndarray, mode: Mode = "hard", calibration: Calibration | None = None) -> jax.Array:
         """Returns the logits `[B, K]` of event frames.
 
         Args:
             frames: `[T, B, H, W, 2]` event counts; with `config.dataset.binary` they are cut to 0 and 1 here, as in training.
             mode: `surrogate`, `hard` or `straight_through`.
+            calibration: Thresholds and gains, as those that `sast-jax evaluate --suite=calibration` finds.
         """
         counts = jnp.asarray(frames, jnp.float32)
         if self.config.dataset.binary:
             counts = jnp.minimum(counts, 1.0)
-        return _apply(self.network, self.params, counts, mode).logits
+        return _apply(self.network, self.params, counts, mode, calibration).logits
 
 
-_apply = jax.jit(lambda network, params, frames, mode: network.apply({"params": params}, frames, mode), static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _apply(network, params, frames, mode, calibration):
+    return network.apply({"params": params}, frames, mode, calibration)
 
 
-def load_warm_start(workdir: str | Path, params: Any, description: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Loads the finished run whose weights another run begins with.
+def load_warm_start(workdir: str, params: Any, description: dict[str, Any]) -> tuple[Any, dict[str, float]]:
+    """Loads the weights that a run begins with instead of drawing them.
 
     Args:
-        workdir: Folder of the finished run, as for `load_run`.
+        workdir: Folder of a finished run, as for `load_run`; empty: there are none.
         params: Weights, or their shapes, of the run that begins.
         description: What identifies the data of the run that begins.
 
     Returns:
-        Its weights and its results.
+        The weights, or `None`, and what they cost: gradient evaluations and seconds, those of earlier warm starts included.
 
     Raises:
-        UserError: If it has not finished, its weights have other shapes, or it had other splits of the same data set, so that
+        UserError: If it has not finished, its weights have other shapes, or it had other splits of the data, so that
             samples tested here may have been trained on there.
     """
+    cost = {"num_gradient_evaluations": 0.0, "wall_time_seconds": 0.0}
+    if not workdir:
+        return None, cost
     run = load_run(workdir)
-    there = read_json(Path(run.workdir) / RUN)["data"]
+    there = read_json(run.workdir / RUN)["data"]
     heading = f"warm_start: the run {str(run.workdir)!r}"
     if run.results is None:
         raise UserError(f"{heading} has not finished; finish it with its own `sast-jax train` command")
-    shapes = [
-        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(p)} for p in (run.params, params)
+    before, after = (
+        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(p)} for p in (run.params, params)
+    )
+    differing = [
+        f"{key} is {before.get(key)} there and {after.get(key)} here"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
     ]
-    differing = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
-    if differing:
-        listed = "; ".join(f"{key} is {shapes[0].get(key)} there and {shapes[1].get(key)} here" for key in differing)
-        raise UserError(f"{heading} is of a network of other weights: {listed}; set config.network as there")
+    refuse(differing, f"{heading} is of a network of other weights; set config.network as there:")
     if there["checksum"] != description["checksum"]:
         raise UserError(
             f"{heading} was trained on other data ({there}) than this run's ({description}), so it may have seen samples that "
             "are tested here; set config.dataset as there"
         )
-    return run.params, run.results
+    earlier = run.results.get("warm_start_cost", cost)
+    return run.params, {key: run.results[key] + earlier[key] for key in cost}
 
 
 def load_run(workdir: str | Path) -> Run:
@@ -204,10 +259,37 @@ def load_run(workdir: str | Path) -> Run:
     run = read_json(workdir / RUN)
     if run is None:
         raise UserError(f"--workdir: {str(workdir)!r} is no run; expected a folder that `sast-jax train` wrote, with {RUN}")
-    config = config_lib.from_json(run["config"], heading=f"{workdir / RUN}: its config is not one of this version:")
-    restored = load_params(workdir)
+    config = read_config(workdir, run)
+    network = make_network(config, run["data"]["num_classes"])
+    size = sensor_size(config.dataset.name, config.dataset.downsample)
+    frames = jax.ShapeDtypeStruct((config.dataset.num_time_steps, 1, *size, 2), jnp.uint8)
+    tx = make_optimizer(config, 1, make_projection(config, network))
+    target = jax.eval_shape(lambda: init_state(network, tx, frames, seed=config.seed))
+    restored = restore(workdir, target)
     if restored is None:
         raise UserError(f"--workdir: {str(workdir)!r} has no checkpoint yet; run `sast-jax train` with its config first")
-    network = make_network(config, run["data"]["num_classes"])
-    params, step = restored
-    return Run(network, params, config, read_json(workdir / RESULTS), step, workdir)
+    state, _ = restored
+    return Run(network, state.params, config, read_json(workdir / RESULTS), int(state.step), workdir)
+
+
+def load_run_and_data(workdir: str | Path, overrides: Sequence[str] = ()) -> tuple[Run, ml_collections.ConfigDict, Splits]:
+    """Loads a run and the data it was trained and is tested on.
+
+    Args:
+        workdir: Folder of the run.
+        overrides: Where the recordings lie now: `dataset.root=...`, `dataset.download=...`.
+
+    Returns:
+        The run, its config with the overrides, and its data.
+
+    Raises:
+        UserError: If the folder is no run, an override is of another field, or the recordings are missing or others.
+    """
+    run = load_run(workdir)
+    config = run.config.copy_and_resolve_references().unlock()
+    elsewhere = [text for text in overrides if text.partition("=")[0] not in MAY_MOVE]
+    refuse([f"{text}: of a trained run only {', '.join(MAY_MOVE[:-1])} and {MAY_MOVE[-1]} can be set" for text in elsewhere])
+    refuse(config_lib.apply_overrides(config, overrides) + config_lib.find_problems(config))
+    splits = load_data(config)
+    register(run.workdir, config, splits.describe())
+    return run, config, splits

@@ -1,20 +1,23 @@
 """The training state and the jitted step."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sast_jax.accumulation import accumulate
-from sast_jax.data import SAMPLE_AXES, Batch
-from sast_jax.spikes import Mode
+from sast_jax.data import DESCENT, PERTURBATION, SAMPLE_AXES, Batch
+from sast_jax.spikes import Mode, SpikeFn
 
 Metrics = dict[str, jax.Array]
+SpikeSchedule = Callable[[jax.Array], Sequence[SpikeFn]]
+"""Function from a step to the spike function of each layer."""
 
 
 @flax.struct.dataclass
@@ -33,7 +36,12 @@ class TrainState:
 
 
 def init_state(
-    network: nn.Module, tx: optax.GradientTransformation, frames: jax.typing.ArrayLike, *, seed: int, params: Any = None
+    network: nn.Module,
+    tx: optax.GradientTransformation,
+    frames: jax.Array | np.ndarray | jax.ShapeDtypeStruct,
+    *,
+    seed: int,
+    params: Any = None,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -55,40 +63,59 @@ def init_state(
 
 
 def make_train_step(
-    network: nn.Module, tx: optax.GradientTransformation, mode: Mode, *, num_microbatches: int = 1
+    network: nn.Module,
+    tx: optax.GradientTransformation,
+    mode: Mode | SpikeSchedule,
+    *,
+    num_microbatches: int = 1,
+    augment: Callable[[Batch, jax.Array, int], Batch] | None = None,
+    perturb: Callable[[TrainState], Any] | None = None,
 ) -> Callable[[TrainState, Batch, Batch | None], tuple[TrainState, Metrics]]:
     r"""Returns the jitted training step `(state, descent_batch, perturbation_batch=None) -> (state, metrics)`.
 
     With `sam` in `tx` the step takes two gradients, :math:`g'` on the perturbation batch (`None`: on the descent batch
     itself) and :math:`g` on the descent batch; without it one, on the descent batch. The given state is donated. Metrics,
-    taken at the unperturbed weights with the first gradient: `loss` (mean cross-entropy), `accuracy`, `gradient_norm` and
-    `spike_rate_<i>` per layer; and `update_norm` of what is added to the weights.
+    taken at the unperturbed weights with the first gradient: `loss` (mean cross-entropy), `accuracy`, `gradient_norm`,
+    `gradient_norm_<layer>`; per spiking layer `spike_rate_<i>`, and `above_threshold_<i>`, the share of potentials above the
+    threshold, which tells a silent layer from one whose smooth spikes leak; and `update_norm` of what is added to the weights.
 
     Args:
         network: A module applied as `network.apply({"params": params}, frames, mode)`.
         tx: Optimizer, with or without `sam` before it.
-        mode: Mode of the forward pass.
+        mode: Mode of the forward pass; or a function from the step to a spike function for each layer.
         num_microbatches: Parts in which each gradient is accumulated, for less memory; it divides the batch sizes.
+        augment: Function `(batch, step, stream) -> batch`, as from `make_augment`, applied to each batch first.
+        perturb: Function from the state to the weights at which the first gradient and the metrics are taken; `None`: the
+            weights themselves. Without `sam` it makes a step of one gradient at perturbed weights.
     """
     tx = optax.with_extra_args_support(tx)
 
-    def loss_fn(params, batch):
-        output = network.apply({"params": params}, batch.frames.astype(jnp.float32), mode)
+    def loss_fn(params, batch, spikes):
+        output = network.apply({"params": params}, batch.frames.astype(jnp.float32), spikes)
         loss = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch.labels).mean()
         metrics = {"loss": loss, "accuracy": jnp.mean(output.logits.argmax(-1) == batch.labels)}
-        return loss, metrics | {f"spike_rate_{i}": jnp.mean(spikes) for i, spikes in enumerate(output.spikes)}
-
-    gradient = accumulate(jax.grad(loss_fn, has_aux=True), num_microbatches, axes=SAMPLE_AXES)
+        for i, spikes in enumerate(output.spikes):
+            # Every family is 1/2 at the threshold, and increases.
+            metrics |= {f"spike_rate_{i}": jnp.mean(spikes), f"above_threshold_{i}": jnp.mean(spikes > 0.5)}
+        return loss, metrics
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, descent_batch, perturbation_batch=None):
+        if augment is not None:
+            descent_batch = augment(descent_batch, state.step, DESCENT)
+            if perturbation_batch is not None:
+                perturbation_batch = augment(perturbation_batch, state.step, PERTURBATION)
+        spikes = mode(state.step) if callable(mode) else mode
+        grad_fn = jax.grad(functools.partial(loss_fn, spikes=spikes), has_aux=True)
+        gradient = accumulate(grad_fn, num_microbatches, axes=SAMPLE_AXES)
         first_batch = descent_batch if perturbation_batch is None else perturbation_batch
-        grads, metrics = gradient(state.params, first_batch)
+        grads, metrics = gradient(state.params if perturb is None else perturb(state), first_batch)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, grad_fn=lambda params: gradient(params, descent_batch)[0]
         )
         params = optax.apply_updates(state.params, updates)
         metrics |= {"gradient_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        metrics |= {f"gradient_norm_{layer}": optax.tree.norm(part) for layer, part in grads.items()}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
