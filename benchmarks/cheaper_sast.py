@@ -7,7 +7,7 @@ r"""What of SAST's effect remains when less is paid for the perturbation.
 Baseline and SAST are those of `transfer_gap.py`, found there if the folder is the same; `--rho` is the radius of all. Costs are
 measured apart from the trainings: the schedules take turns, each with a run of eight steps, and a cost is the median, over
 the rounds, of its time over that of the baseline. Writes `benchmarks/results/cheaper_sast_<config>.json` and `.md`, and the
-table into the README.
+table into its page.
 """
 
 import time
@@ -85,12 +85,13 @@ def main():
     fields |= {name: {"sam.rho": args.rho, **SCHEDULES[name][1]} for name in args.schedules.split(",")}
     shares = {name: own["num_epochs"] for name, own in fields.items() if "num_epochs" in own}
     fields |= {name: {**fields[name], "num_epochs": round(num_epochs * share)} for name, share in shares.items()}
+    shares = {name: fields[name]["num_epochs"] / num_epochs for name in shares}
     titles = {"baseline": "baseline, no SAM", "sast": "SAST, every step, batch of 32"}
     titles |= {name: SCHEDULES[name][0] for name in fields if name in SCHEDULES}
     variants = {name: "baseline" if name == "baseline" else "sast" for name in fields}
 
     costs = measure_costs({name: load(args, overrides, variants[name], **own) for name, own in fields.items()})
-    costs |= {name: [1 + float(share) * ratio for ratio in costs[name]] for name, share in shares.items()}
+    costs |= {name: [1 + share * ratio for ratio in costs[name]] for name, share in shares.items()}
     runs = {}
     for seed in args.seeds:
         for name, own in fields.items():

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py
 
 The candidates take turns, so that a busy machine slows all of them alike; a row's ratio is the median, over the rounds, of
-its time over that of the default. Writes `benchmarks/results/train_step.json` and `.md`, and the table into the README.
+its time over that of the default. Writes `benchmarks/results/train_step.json` and `.md`, and the table into `docs/results.md`.
 """
 
 import argparse

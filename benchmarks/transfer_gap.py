@@ -8,7 +8,7 @@ r"""What the swap to hard spikes costs: baseline, SAST and straight-through trai
 First the radius: SAST is trained with each of `--rhos` and each of `--selection-seeds`, and the radius of the highest mean
 hard-spike accuracy on the validation part is taken (the smaller one of equals). Then all three are trained with `--seeds`,
 which are others, and evaluated on the test part. Finished runs are not repeated, so the command can be stopped and started
-again. Writes `benchmarks/results/transfer_gap_<config>.json`, `.md` and `.png`, and the table into the README.
+again. Writes `benchmarks/results/transfer_gap_<config>.json`, `.md` and `.png`, and the table into its page.
 """
 
 import argparse
@@ -65,10 +65,14 @@ def load(args, overrides, variant, **fields):
 
 def train(args, overrides, variant, seed, **fields):
     """Trains a variant, or finds it trained, and returns its results."""
-    fields = {"seed": seed, **fields}
+    name = run_name(variant, seed, **fields)
+    return train_and_evaluate(load(args, overrides, variant, seed=seed, **fields), args.workdir / name, title=name)
+
+
+def run_name(variant, seed, **fields):
+    """Returns the name of a run's folder."""
     words = (f"{key.rpartition('.')[2]}{Path(value).name if key == 'warm_start' else value}" for key, value in fields.items())
-    name = "-".join([variant, *words])
-    return train_and_evaluate(load(args, overrides, variant, **fields), args.workdir / name, title=name)
+    return "-".join([variant, f"seed{seed}", *words])
 
 
 def describe(args, overrides, runs):
@@ -116,14 +120,15 @@ def summary(runs):
     }
 
 
+def cell(row, key):
+    """Mean, standard error and the values of all seeds."""
+    error = row[key]["standard_error"]
+    seeds = ", ".join(f"{value:.1f}" for value in row[key]["values"])
+    return f"{row[key]['mean']:.1f}{'' if error is None else f' ± {error:.1f}'} <br><sub>{seeds}</sub>"
+
+
 def table(methods, titles, time):
     """Rows of results by method, costs relative to the baseline; `time` is the heading and the ratios by method."""
-
-    def cell(row, key):
-        error = row[key]["standard_error"]
-        seeds = ", ".join(f"{value:.1f}" for value in row[key]["values"])
-        return f"{row[key]['mean']:.1f}{'' if error is None else f' ± {error:.1f}'} <br><sub>{seeds}</sub>"
-
     heading, ratios = time
     lines = [
         f"| training | surrogate accuracy, % | hard-spike accuracy, % | transfer gap, points | gradients | {heading} |",
@@ -149,7 +154,7 @@ def caption(results):
 
 
 def markdown(results):
-    """The results as the table of the README."""
+    """The results as a table."""
     titles = METHODS | {"sast": f"{METHODS['sast']}, rho {results['rho']:g}"}
     radius = (
         f"Radius chosen on the validation part with seeds {', '.join(map(str, results['selection_seeds']))} from "
