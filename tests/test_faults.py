@@ -124,6 +124,9 @@ def full_disk():
     return Full
 
 
+# The threads that the checkpointer leaves behind when a write fails complain to event loops that are closed by then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_full_disk_while_a_checkpoint_is_written_is_a_message_and_the_run_goes_on_bit_for_bit(
     tiny, tmp_path, monkeypatch, full_disk
 ):

@@ -221,7 +221,9 @@ def config_problem(*overrides):
 def test_config_says_what_images_go_with(small_mnist):
     assert "dataset.image_range: needs dataset.images" in config_problem("dataset.image_range=1,5")
     assert "dataset.image_range: must be a first number and one past the last" in config_problem("dataset.image_range=5,1")
-    assert "dataset.num_test: MNIST brings its own test part" in config_problem(f"dataset.images={small_mnist}")
+    assert "dataset.num_test: with dataset.images MNIST brings its own test part" in config_problem(
+        f"dataset.images={small_mnist}"
+    )
     load_configs("configs/digits.py:sast", [f"dataset.images={small_mnist}", "dataset.num_test=0", "dataset.image_range=1,5"])
 
 
