@@ -1,6 +1,7 @@
 r"""What of SAST's effect remains when less is paid for the perturbation.
 
-    python benchmarks/cheaper_sast.py --config=configs/digits.py --workdir=runs/transfer_gap_digits --rho=0.2
+    python benchmarks/cheaper_sast.py --config=configs/digits.py --workdir=runs/cheaper_digits --rho=0.2 \
+        --schedules=quarter_batch,eighth_batch,every_4,warm_start,warm_start_plain --config.network.slope=1.5
     python benchmarks/cheaper_sast.py --config=configs/nmnist.py --workdir=runs/transfer_gap_nmnist --rho=0.2 \
         --config.dataset.root=FOLDER
 
@@ -73,6 +74,19 @@ def measure_costs(configs):
     return {name: [round(each[name] / each["baseline"], 4) for each in rounds] for name in timed}
 
 
+def markdown(results):
+    """The results as a table, with what its numbers are."""
+    titles = {"baseline": "baseline, no SAM", "sast": "SAST, every step, batch of 32"}
+    titles |= {name: title for name, (title, _) in SCHEDULES.items()}
+    ratios = {name: float(np.median(each)) for name, each in results["cost_ratios"].items()}
+    settings = "".join(f" Set: {text}." for text in results["overrides"])
+    text = (
+        f"Radius {results['rho']:g} throughout.{settings} {caption(results)} Time: {NUM_STEPS} steps by each schedule in turn, "
+        f"median of {NUM_ROUNDS} rounds; a warm start's includes the baseline's training, and its epochs are rounded."
+    )
+    return f"{table(results['methods'], titles, ('time', ratios))}\n{text}\n"
+
+
 def main():
     """Trains, and writes the table."""
     parser = make_parser(__doc__)
@@ -86,8 +100,6 @@ def main():
     shares = {name: own["num_epochs"] for name, own in fields.items() if "num_epochs" in own}
     fields |= {name: {**fields[name], "num_epochs": round(num_epochs * share)} for name, share in shares.items()}
     shares = {name: fields[name]["num_epochs"] / num_epochs for name in shares}
-    titles = {"baseline": "baseline, no SAM", "sast": "SAST, every step, batch of 32"}
-    titles |= {name: SCHEDULES[name][0] for name in fields if name in SCHEDULES}
     variants = {name: "baseline" if name == "baseline" else "sast" for name in fields}
 
     costs = measure_costs({name: load(args, overrides, variants[name], **own) for name, own in fields.items()})
@@ -98,12 +110,7 @@ def main():
             warm = {"warm_start": str(args.workdir / f"baseline-seed{seed}")} if name in shares else {}
             runs.setdefault(name, []).append(train(args, overrides, variants[name], seed, **own, **warm))
     results = {"rho": args.rho, **describe(args, overrides, runs), "cost_ratios": costs}
-    text = (
-        f"Radius {args.rho:g} throughout. {caption(results)} Time: {NUM_STEPS} steps by each schedule in turn, median of "
-        f"{NUM_ROUNDS} rounds; a warm start's includes the baseline's training."
-    )
-    ratios = {name: float(np.median(each)) for name, each in costs.items()}
-    publish(f"cheaper_sast_{results['name']}", results, f"{table(results['methods'], titles, ('time', ratios))}\n{text}\n")
+    publish(f"cheaper_sast_{results['name']}", results, markdown(results))
 
 
 if __name__ == "__main__":

@@ -94,9 +94,9 @@ def make_train_step(
         output = network.apply({"params": params}, batch.frames.astype(jnp.float32), spikes)
         loss = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch.labels).mean()
         metrics = {"loss": loss, "accuracy": jnp.mean(output.logits.argmax(-1) == batch.labels)}
-        for i, spikes in enumerate(output.spikes):
+        for i, layer in enumerate(output.spikes):
             # Every family is 1/2 at the threshold, and increases.
-            metrics |= {f"spike_rate_{i}": jnp.mean(spikes), f"above_threshold_{i}": jnp.mean(spikes > 0.5)}
+            metrics |= {f"spike_rate_{i}": jnp.mean(layer), f"above_threshold_{i}": jnp.mean(layer > 0.5)}
         return loss, metrics
 
     @functools.partial(jax.jit, donate_argnums=0)
