@@ -65,9 +65,9 @@ def measure_forward(network, params, frames, labels):
     states = run_layers(network, params, frames)
     distances = [jnp.abs(state.potential - network.threshold) for state in states]
     errors = [jnp.minimum(state.spikes, 1 - state.spikes) for state in states]
-    synapses = network.bind({"params": params}).synapses
+    current = network.bind({"params": params}).current
     rest = [jnp.full((1, *s.spikes.shape[2:]), network_spike(network, 0.0)) for s in states]
-    leaks = [synapse(x) - synapse(0 * x) for synapse, x in zip(synapses[1:], rest, strict=True)]
+    leaks = [current(index, x) - current(index, 0 * x) for index, x in enumerate(rest, 1)]
     value, gradient = jax.value_and_grad(make_loss(network))(params, frames, labels)
     norm = optax.tree.norm(gradient)
     perturbed = jax.tree.map(lambda w, g: w + RHO * g / norm, params, gradient)

@@ -1,19 +1,21 @@
 r"""Kills commands at random moments, restarts them, and checks that nothing is lost and nothing half-written is read.
 
-    python -m tests.kill --kills=100
+    python -m tests.kill --kills=40
 
 A kill (SIGKILL, which no program can handle) comes after a random time, or at a random file operation: an audit hook counts
 every file or folder that Python opens for writing, makes, renames or removes, and dies right before one of them. After each
 kill the case's check reads what is there. A command that ends is compared with one that was never killed. Writes
-`benchmarks/results/kill.json` and `.md`, and the table into the README.
+`benchmarks/results/kill.json` and `.md`, and the table into `docs/results.md`.
 """
 
 import argparse
 import atexit
 import hashlib
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,26 +35,72 @@ class Case(NamedTuple):
         arguments: Of `sast-jax`, by the folder that all its files are in, and the folder of the recordings.
         check: Raises an `AssertionError` if something in the folder is half-written; returns how far the command has come.
         digest: What an uninterrupted and a restarted command must have in common, bit for bit.
+        after: Name of the case that has ended in the folder before this one begins; empty: none.
     """
 
     arguments: Callable[[Path, Path], list[str]]
     check: Callable[[Path], int]
     digest: Callable[[Path], str]
+    after: str = ""
+
+
+_SMALL = [
+    f"--config.{field}"
+    for field in "dataset.num_time_steps=3 dataset.num_validation=10 network.kind=mlp network.features=8 batch_size=10".split()
+]
+_STUDY = """
+import runpy
+
+from sast_jax.experiments import Study
+
+_whole = runpy.run_path("{root}/configs/study_nmnist.py")
+get_config = _whole["get_config"]
+
+
+def get_study():
+    names = ("baseline", "sast", "sast_calibrated")
+    methods = {{name: _whole["get_study"]().methods[name]._replace(controls=("baseline",) * (name != "baseline")) for name in names}}
+    return Study(methods, seeds=(0, 1), selection_seeds=(100,))
+"""
 
 
 def train(folder, recordings):
     """Arguments of a training run of 30 epochs with a checkpoint after each; its cache is in the folder too."""
-    fields = "dataset.num_time_steps=3 dataset.num_validation=10 network.kind=mlp network.features=8 batch_size=10 num_epochs=30"
-    overrides = [f"--config.{field}" for field in f"{fields} checkpoint_every_epochs=1 evaluate_every_epochs=5".split()]
-    root = f"--config.dataset.root={recordings}"
-    return ["train", f"--config={ROOT}/configs/nmnist.py:sast", f"--workdir={folder / 'run'}", root, *overrides]
+    fields = "num_epochs=30 checkpoint_every_epochs=1 evaluate_every_epochs=5"
+    overrides = [f"--config.dataset.root={recordings}", *_SMALL, *(f"--config.{field}" for field in fields.split())]
+    return ["train", f"--config={ROOT}/configs/nmnist.py:sast", f"--workdir={folder / 'run'}", *overrides]
 
 
-def check_train(folder):
-    """Reads every file of a run that has a name of its own, and returns the step of the last checkpoint."""
-    from sast_jax import load_run
+def sweep(folder, recordings):
+    """Arguments of a study of two methods and a calibration, one of which selects its radius."""
+    config = recordings.parent / "study.py"  # Not in the folder, whose files the killed process writes.
+    config.write_text(_STUDY.format(root=ROOT))
+    fields = "num_epochs=2 optimizer.learning_rate=0.01 evaluate_every_epochs=1 checkpoint_every_epochs=1"
+    overrides = [f"--config.dataset.root={recordings}", *_SMALL, *(f"--config.{field}" for field in fields.split())]
+    return ["sweep", f"--config={config}", f"--workdir={folder / 'study'}", *overrides]
+
+
+def prepare(folder, recordings):
+    """Arguments that fill the cache."""
+    return ["data", "prepare", f"--config={ROOT}/configs/nmnist.py", f"--config.dataset.root={recordings}", *_SMALL[:2]]
+
+
+def export(folder, recordings):
+    """Arguments that write a graph."""
+    return ["export", f"--workdir={folder / 'run'}", f"--output={folder / 'net.nir'}"]
+
+
+def report(folder, recordings):
+    """Arguments that write a page."""
+    return ["report", f"--workdir={folder / 'run'}"]
+
+
+def check_files(folder):
+    """Reads every file that has a name of its own, and returns how many there are."""
+    import nir
+    from PIL import Image
+
     from sast_jax.data.cache import _load
-    from sast_jax.errors import UserError
 
     whole = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     for path in whole:
@@ -60,6 +108,32 @@ def check_train(folder):
             json.loads(path.read_text())
         if path.suffix == ".npz":
             assert _load(path) is not None, f"{path} is damaged"
+        if path.suffix == ".nir":
+            nir.read(path)
+        if path.suffix == ".html":
+            assert path.read_text().endswith("</html>\n"), f"{path} is damaged"
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                image.load()
+    return len(whole)
+
+
+def check_named(*suffixes):
+    """Returns the check of a command whose progress is the number of its finished files of these kinds."""
+
+    def check(folder):
+        check_files(folder)
+        return sum(1 for suffix in suffixes for _ in folder.rglob(f"*{suffix}"))
+
+    return check
+
+
+def check_train(folder):
+    """Reads every file of a run, and returns the step of the last checkpoint."""
+    from sast_jax import load_run
+    from sast_jax.errors import UserError
+
+    check_files(folder)
     try:
         run = load_run(folder / "run")
     except UserError as error:
@@ -78,12 +152,44 @@ def digest_train(folder):
 
     run = load_run(folder / "run")
     digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in jax.device_get(jax.tree.leaves(run.params))))
-    results = {key: value for key, value in run.results.items() if "seconds" not in key}
-    digest.update(json.dumps(results, sort_keys=True).encode())
+    digest.update(_without_times(run.results))
     return digest.hexdigest()
 
 
-CASES = {"train": Case(train, check_train, digest_train)}
+def _without_times(results):
+    def strip(value):
+        if isinstance(value, dict):
+            return {key: strip(each) for key, each in value.items() if "seconds" not in key and "time_ratio" not in key}
+        return [strip(each) for each in value] if isinstance(value, list) else value
+
+    return json.dumps(strip(results), sort_keys=True).encode()
+
+
+def digest_sweep(folder):
+    """Hash of the study's results but for times; its page is there."""
+    assert (folder / "study" / "results.md").exists()
+    return hashlib.sha256(_without_times(json.loads((folder / "study" / "results.json").read_text()))).hexdigest()
+
+
+def digest_files(pattern):
+    """Returns the digest of a command whose files of this pattern are the outcome."""
+
+    def digest(folder):
+        paths = sorted(folder.rglob(pattern))
+        assert paths
+        content = b"".join(path.read_bytes() for path in paths)
+        return hashlib.sha256(content.replace(str(folder).encode(), b"")).hexdigest()  # A page names its folder.
+
+    return digest
+
+
+CASES = {
+    "train": Case(train, check_train, digest_train),
+    "sweep": Case(sweep, check_named("results.json"), digest_sweep),
+    "data prepare": Case(prepare, check_named(".npz"), digest_files("*.npz")),
+    "export": Case(export, check_named(".nir"), digest_files("*.nir"), after="train"),
+    "report": Case(report, check_named(".html"), digest_files("*.html"), after="train"),
+}
 """Commands by name."""
 
 _CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
@@ -140,18 +246,24 @@ def survive(case, num_kills, workdir, *, seed=0, progress=lambda text: None):
     from tests.conftest import write_small_nmnist
 
     rng = random.Random(seed)
-    recordings, compiled = write_small_nmnist(workdir / "recordings"), workdir / "compiled"
+    recordings, compiled, origin = write_small_nmnist(workdir / "recordings"), workdir / "compiled", workdir / "origin"
+    origin.mkdir()
+    if case.after:
+        assert start(CASES[case.after], origin, recordings, compiled).wait() == 0, origin.with_suffix(".log").read_text()
     for name in ("first", "reference"):  # The first one compiles.
+        shutil.copytree(origin, workdir / name)
         begin = time.monotonic()
         assert start(case, workdir / name, recordings, compiled).wait() == 0, (workdir / f"{name}.log").read_text()
     seconds = time.monotonic() - begin
     operations = int((workdir / "reference.operations").read_text())
     expected = case.digest(workdir / "reference")
-    seen = {"kills": {"after a time": 0, "at a file operation": 0}, "finished": 0, "steps_at_kill": []}
+    seen = {"kills": {"after a time": 0, "at a file operation": 0}, "finished": 0, "done_at_kill": []}
+    kinds = itertools.cycle(seen["kills"])
     while sum(seen["kills"].values()) < num_kills:
         folder, reached, status = workdir / f"run{seen['finished']}", 0, None
+        shutil.copytree(origin, folder)
         while status != 0:
-            kind = rng.choice(list(seen["kills"]))
+            kind = next(kinds)
             operation = rng.randint(1, operations) if kind == "at a file operation" else 0
             process = start(case, folder, recordings, compiled, operation=operation)
             try:
@@ -164,7 +276,7 @@ def survive(case, num_kills, workdir, *, seed=0, progress=lambda text: None):
             assert reached >= before, f"{folder}: came to {before}, then {reached}"
             if status != 0:
                 seen["kills"][kind] += 1
-                seen["steps_at_kill"].append(reached)
+                seen["done_at_kill"].append(reached)
                 progress(f"{sum(seen['kills'].values())} kills, last {kind} with {reached} done")
             if sum(seen["kills"].values()) >= num_kills and status != 0:  # Enough: let it end.
                 assert start(case, folder, recordings, compiled).wait() == 0, folder.with_suffix(".log").read_text()
@@ -177,7 +289,7 @@ def survive(case, num_kills, workdir, *, seed=0, progress=lambda text: None):
 def main():
     """Kills each command, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100, help="per command")
+    parser.add_argument("--kills", type=int, default=40, help="per command")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -190,14 +302,17 @@ def main():
     for name in args.cases.split(","):
         with tempfile.TemporaryDirectory() as workdir:
             results[name] = survive(CASES[name], args.kills, Path(workdir), seed=args.seed, progress=print)
-    lines = ["| command | kills after a random time | kills at a random file operation | runs that finished, equal bit for bit |"]
+    lines = ["| `sast-jax` | killed after a random time | killed at a random file operation | ended, each equal to the uninterrupted one |"]
     lines.append("|---|---|---|---|")
     for name, seen in results.items():
         kills = seen["kills"]
         lines.append(f"| {name} | {kills['after a time']} | {kills['at a file operation']} | {seen['finished']} |")
     lines.append(
-        "\nNo file was ever read half-written, no checkpoint lost, and every run ended in the weights and results of one that "
-        f"was never killed. Kills fall from the start of Python to the last of a run's {seen['file_operations']} file operations."
+        "\nAfter each kill every file that has its final name was read and found whole, and no checkpoint had been lost; every "
+        "command ended in the weights, results, cache, graph or page of one that was never killed. Kills fall from the start of "
+        "Python to the last of a command's file operations: "
+        + ", ".join(f"{name} {seen['file_operations']}" for name, seen in results.items())
+        + "."
     )
     publish("kill", {"seed": args.seed, "environment": environment(), "cases": results}, "\n".join(lines) + "\n")
 
