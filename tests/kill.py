@@ -44,10 +44,8 @@ class Case(NamedTuple):
     after: str = ""
 
 
-_SMALL = [
-    f"--config.{field}"
-    for field in "dataset.num_time_steps=3 dataset.num_validation=10 network.kind=mlp network.features=8 batch_size=10".split()
-]
+_FIELDS = "dataset.num_time_steps=3 dataset.num_validation=10 network.kind=mlp network.features=8 batch_size=10"
+_SMALL = [f"--config.{field}" for field in _FIELDS.split()]
 _STUDY = """
 import runpy
 
@@ -59,7 +57,8 @@ get_config = _whole["get_config"]
 
 def get_study():
     names = ("baseline", "sast", "sast_calibrated")
-    methods = {{name: _whole["get_study"]().methods[name]._replace(controls=("baseline",) * (name != "baseline")) for name in names}}
+    methods = _whole["get_study"]().methods
+    methods = {{name: methods[name]._replace(controls=("baseline",) * (name != "baseline")) for name in names}}
     return Study(methods, seeds=(0, 1), selection_seeds=(100,))
 """
 
@@ -302,7 +301,9 @@ def main():
     for name in args.cases.split(","):
         with tempfile.TemporaryDirectory() as workdir:
             results[name] = survive(CASES[name], args.kills, Path(workdir), seed=args.seed, progress=print)
-    lines = ["| `sast-jax` | killed after a random time | killed at a random file operation | ended, each equal to the uninterrupted one |"]
+    lines = [
+        "| `sast-jax` | killed after a random time | killed at a random file operation | ended, each equal to the uninterrupted one |"
+    ]
     lines.append("|---|---|---|---|")
     for name, seen in results.items():
         kills = seen["kills"]
