@@ -301,10 +301,8 @@ def main():
     for name in args.cases.split(","):
         with tempfile.TemporaryDirectory() as workdir:
             results[name] = survive(CASES[name], args.kills, Path(workdir), seed=args.seed, progress=print)
-    lines = [
-        "| `sast-jax` | killed after a random time | killed at a random file operation | ended, each equal to the uninterrupted one |"
-    ]
-    lines.append("|---|---|---|---|")
+    heads = ("`sast-jax`", "killed after a random time", "killed at a random file operation", "ended as the uninterrupted one")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|"]
     for name, seen in results.items():
         kills = seen["kills"]
         lines.append(f"| {name} | {kills['after a time']} | {kills['at a file operation']} | {seen['finished']} |")
