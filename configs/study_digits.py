@@ -10,7 +10,7 @@ with its reference and its controls.
 import runpy
 from pathlib import Path
 
-from sast_jax.experiments import METHODS, Study, change
+from sast_jax.experiments import Study, change, with_grid
 
 _get_base = runpy.run_path(str(Path(__file__).with_name("digits.py")))["get_config"]
 
@@ -22,8 +22,5 @@ def get_config(variant=""):
 
 def get_study():
     """Returns the methods, each with all combinations of these values and of those of its own; the first of equals is taken."""
-    every = {"optimizer.learning_rate": (3e-3, 6e-3), "num_epochs": (12, 24)}  # Epochs: the baseline's.
-    methods = {
-        name: method if method.calibrates else method._replace(grid=every | method.grid) for name, method in METHODS.items()
-    }
-    return Study(methods, seeds=(0, 1, 2, 3, 4), selection_seeds=(100, 101))
+    grid = {"optimizer.learning_rate": (3e-3, 6e-3), "num_epochs": (12, 24)}  # Epochs: the baseline's.
+    return Study(with_grid(grid), seeds=(0, 1, 2, 3, 4), selection_seeds=(100, 101))

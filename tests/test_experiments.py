@@ -413,3 +413,12 @@ def test_command_trains_selects_calibrates_and_writes_its_page(small_nmnist, tmp
     assert main(command) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("study_*.py")), ids=str)
+def test_study_of_the_package_trains_every_method_as_a_valid_change_of_its_baseline(path):
+    plan = load_plan(path)
+    assert plan.study.methods.keys() == METHODS.keys()
+    assert plan.configs.keys() == {name for name, method in METHODS.items() if not method.calibrates}
+    assert all({"optimizer.learning_rate", "num_epochs"} <= plan.study.methods[name].grid.keys() for name in plan.configs)
+    assert len({str(config) for config in plan.configs.values()}) == len(plan.configs)

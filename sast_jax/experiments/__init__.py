@@ -1,5 +1,5 @@
 """Studies: many runs that answer a question together."""
 
-from sast_jax.experiments.study import METHODS, Method, Study, change
+from sast_jax.experiments.study import METHODS, Method, Study, change, with_grid
 
-__all__ = ["METHODS", "Method", "Study", "change"]
+__all__ = ["METHODS", "Method", "Study", "change", "with_grid"]

@@ -194,3 +194,16 @@ METHODS: dict[str, Method] = {
 
 Surrogate accuracy is always that at `network.slope`, so of slope annealing at the last and steepest one.
 """
+
+
+def with_grid(grid: Mapping[str, Sequence[Any]], reported: Mapping[str, str] | None = None) -> dict[str, Method]:
+    """Returns `METHODS`, each of which selects among these values as well as its own.
+
+    Args:
+        grid: Fields of all methods, each with its values, the preferred one of equals first.
+        reported: What the source of a method reports, by its name.
+    """
+    return {
+        name: method._replace(grid={} if method.calibrates else {**grid, **method.grid}, reported=(reported or {}).get(name, ""))
+        for name, method in METHODS.items()
+    }
