@@ -75,9 +75,9 @@ def run_name(variant, seed, **fields):
     return "-".join([variant, f"seed{seed}", *words])
 
 
-def describe(args, overrides, runs):
-    """What any table of runs by method needs to be understood and made again."""
-    one = runs["sast"][0]
+def describe(args, overrides, runs, example="sast"):
+    """What any table of runs by method needs to be understood and made again; the config is that of an example."""
+    one = runs[example][0]
     return {
         "name": Path(args.config).stem,
         "overrides": [text for text in overrides if not text.startswith("dataset.root")],
@@ -145,11 +145,11 @@ def table(methods, titles, time):
 def caption(results):
     """What the numbers of a table are."""
     data, environment = results["data"], results["environment"]
-    seeds, seconds = ", ".join(map(str, results["seeds"])), results["methods"]["baseline"]["seconds"]["mean"]
+    seeds, (baseline, *_) = ", ".join(map(str, results["seeds"])), results["methods"].values()
     machine = f"{environment['num_cores']} {environment['device'].upper()} cores"
     return (
         f"Mean ± standard error over seeds {seeds}, listed below it; {data['num_train']} training, {data['num_validation']} "
-        f"validation and {data['num_test']} test recordings. A baseline run: {seconds:.0f} s on {machine}."
+        f"validation and {data['num_test']} test recordings. A baseline run: {baseline['seconds']['mean']:.0f} s on {machine}."
     )
 
 

@@ -53,6 +53,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.network.readout = "leaky"  # leaky: mean potential of outputs that do not spike; rate: their spike counts.
     config.network.readout_decay = 0.0  # Of the leaky readout; 0: the mean of the output current.
     config.network.init_gain = 4.0  # Initial weights are this much larger than LeCun's; at 1 or 2 SAST starts learning late.
+    config.network.precision = "float32"  # Of the products with weights; bfloat16: for GPUs and TPUs, slow on CPUs.
+    config.network.time_chunk = 0  # Steps between states kept for the gradient, to save memory in long recordings; 0: all kept.
+    config.network.time_loop = "scan"  # pallas: kernels for GPUs and TPUs, not yet timed there; interpreted on CPUs.
 
     config.certified = ml_collections.ConfigDict()
     config.certified.margin = 0.0  # Above 0: excitation is capped so that each layer contracts by 1 - margin a step; 0: free.

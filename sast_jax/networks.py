@@ -1,5 +1,6 @@
 """Spiking networks as linen modules: one definition, any mode on the same weights, two orders of work."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,25 +11,44 @@ import numpy as np
 from jax import lax
 
 from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, lif_step, rate_readout
+from sast_jax.pallas import lif_pallas
 from sast_jax.spikes import Mode, SpikeFn, spike_fn
 
 Order = Literal["layer_major", "step_major"]
 Readout = Literal["leaky", "rate"]
+Precision = Literal["float32", "bfloat16"]
+TimeLoop = Literal["scan", "pallas"]
 
 ORDERS: tuple[Order, ...] = ("layer_major", "step_major")
 READOUTS: tuple[Readout, ...] = ("leaky", "rate")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+TIME_LOOPS: tuple[TimeLoop, ...] = ("scan", "pallas")
+
+
+class Activity(NamedTuple):
+    """How active each layer of spiking neurons is, on average over steps, batch and neurons.
+
+    Attributes:
+        spike_rates: Mean of the spikes of each layer.
+        above_threshold: Share of potentials above the threshold in each layer.
+    """
+
+    spike_rates: tuple[jax.Array, ...]
+    above_threshold: tuple[jax.Array, ...]
 
 
 class NetworkOutput(NamedTuple):
-    """What a network returns.
+    """What a network returns. What is not used costs nothing under jit.
 
     Attributes:
         logits: `[B, K]`.
-        spikes: Spikes of each layer, `[T, B, ...]`; in surrogate mode numbers in (0, 1). Not used, they cost nothing under jit.
+        spikes: Spikes of each layer, `[T, B, ...]`; in surrogate mode numbers in (0, 1).
+        activity: Their means. Of a long recording it can be had where all spikes do not fit in memory.
     """
 
     logits: jax.Array
     spikes: tuple[jax.Array, ...]
+    activity: Activity
 
 
 class Calibration(NamedTuple):
@@ -94,11 +114,13 @@ class Convolution(nn.Module):
         features: Number of output channels F.
         kernel_size: Height and width of the kernel.
         kernel_init: Initializer of the kernel.
+        dtype: To what images and weights are cast; `None`: not at all.
     """
 
     features: int
     kernel_size: int
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -106,6 +128,7 @@ class Convolution(nn.Module):
         shape = self.kernel_size, self.kernel_size, images.shape[-1], self.features
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
         return convolution(images, kernel) + bias
 
 
@@ -128,6 +151,12 @@ class SpikingNetwork(nn.Module):
         order: `layer_major` takes all T steps through one layer before the next (T * B images at once through each synapse);
             `step_major` takes all layers through one step before the next. Equal up to rounding; they differ in speed.
         unroll: Steps per iteration of the compiled time loop, or `None` for all of them (no loop is left).
+        precision: Of the products of weights with frames and spikes. In `bfloat16` they are half as large and, on GPUs and TPUs,
+            faster; weights, potentials, spikes and logits stay in float32.
+        time_chunk: Steps after which the state of the neurons is kept for the backward pass; all between is computed again.
+            Memory grows with T / time_chunk + time_chunk instead of T, for one more forward pass. 0: all is kept.
+        time_loop: What takes the neurons of a layer through time: `scan`, the compiler's loop, or `pallas`, kernels for GPUs and
+            TPUs (`lif_pallas`), which take whole layers and so imply the order `layer_major`.
     """
 
     num_classes: int
@@ -141,6 +170,9 @@ class SpikingNetwork(nn.Module):
     init_gain: float = 2.0
     order: Order = "layer_major"
     unroll: int | None = 1
+    precision: Precision = "float32"
+    time_chunk: int = 0
+    time_loop: TimeLoop = "scan"
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -171,7 +203,13 @@ class SpikingNetwork(nn.Module):
 
     def current(self, index: int, x: jax.Array) -> jax.Array:
         """Returns the current `[B, ...]` of a layer from frames, or from the spikes of the layer before, `[B, ...]`."""
-        return self.synapses[index](self.pool(index, x) / self.pool_area(index))
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return self.synapses[index](self.pool(index, x) / self.pool_area(index)).astype(x.dtype)
+
+    @property
+    def product_dtype(self) -> Any:
+        """What the synapses cast their operands to; `None`: they take them as they come."""
+        return jnp.bfloat16 if self.precision == "bfloat16" else None
 
     @property
     def kernel_init(self) -> nn.initializers.Initializer:
@@ -184,6 +222,10 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}")
         if self.readout not in READOUTS:
             raise ValueError(f"readout must be one of {', '.join(READOUTS)}; got {self.readout!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if self.time_loop not in TIME_LOOPS:
+            raise ValueError(f"time_loop must be one of {', '.join(TIME_LOOPS)}; got {self.time_loop!r}")
         self.synapses = self.make_synapses()
 
     def __call__(
@@ -195,7 +237,7 @@ class SpikingNetwork(nn.Module):
         """Applies the network.
 
         Args:
-            frames: `[T, B, H, W, C]` event frames.
+            frames: `[T, B, H, W, C]` event frames, of any dtype.
             mode: `surrogate`, `hard` or `straight_through`; or for each layer of spiking neurons one of them or a spike function.
             calibration: Thresholds and gains of each layer; `None`: the network's threshold, gain 1.
 
@@ -205,12 +247,31 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: If there are not as many modes as layers of spiking neurons.
         """
-        run = self._layer_major if self.order == "layer_major" else self._step_major
+        is_layer_major = self.order == "layer_major" or self.time_loop == "pallas"
+        run = type(self)._layer_major if is_layer_major else type(self)._step_major
+        neurons = self.neurons(mode, calibration)
         gains = None if calibration is None else calibration.gains
-        spikes, outputs = run(frames, self.neurons(mode, calibration), gains)
-        if self.readout == "rate":
-            return NetworkOutput(rate_readout(outputs), spikes)
-        return NetworkOutput(leaky_readout(outputs, self.readout_decay), spikes)
+
+        def run_chunk(network, states, frames):
+            states, spikes, outputs = run(network, states, frames, neurons, gains)
+            # Every family is 1/2 at the threshold, and increases.
+            activity = Activity(tuple(map(_step_means, spikes)), tuple(_step_means((x > 0.5).astype(x.dtype)) for x in spikes))
+            return states, (outputs, spikes, activity)
+
+        outputs, spikes, activity = self._in_chunks(run_chunk, frames)
+        logits = rate_readout(outputs) if self.readout == "rate" else leaky_readout(outputs, self.readout_decay)
+        return NetworkOutput(logits, spikes, jax.tree.map(jnp.mean, activity))
+
+    def _in_chunks(self, run_chunk, frames):
+        num_time_steps, chunk = len(frames), self.time_chunk
+        if not chunk or chunk >= num_time_steps:
+            return run_chunk(self, None, frames)[1]
+        # The first chunk, and the shorter one if there is one, stands before the loop: it creates the weights and the states.
+        run_chunk, first = nn.remat(run_chunk, prevent_cse=False), (num_time_steps - 1) % chunk + 1
+        states, head = run_chunk(self, None, frames[:first])
+        scan = nn.scan(run_chunk, variable_broadcast="params", split_rngs={"params": False})
+        _, tail = scan(self, states, frames[first:].reshape(-1, chunk, *frames.shape[1:]))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[2:])]), head, tail)
 
     def neurons(self, mode: Mode | Sequence[Mode | SpikeFn], calibration: Calibration | None = None) -> list[dict[str, Any]]:
         """Returns the arguments of `lif_step` for each layer of spiking neurons; see `__call__`."""
@@ -228,19 +289,22 @@ class SpikingNetwork(nn.Module):
             for mode, threshold in zip(modes, thresholds, strict=True)
         ]
 
-    def _layer_major(self, frames, neurons, gains):
+    def _layer_major(self, states, frames, neurons, gains):
         num_time_steps, batch_size = frames.shape[:2]
-        spikes, x = [], frames
+        run = lif_pallas if self.time_loop == "pallas" else functools.partial(lif, unroll=self.unroll or num_time_steps)
+        new_states, spikes, x = [], [], frames
         for index in range(len(self.synapses)):
             current = self.current(index, x.reshape(-1, *x.shape[2:]))
             x = current.reshape(num_time_steps, batch_size, *current.shape[1:])
             if index < self.num_spiking:
-                x, _ = lif(x, unroll=self.unroll or num_time_steps, **neurons[index])
+                state = None if states is None else states[index]
+                x, state = run(x, initial_state=state, **neurons[index])
+                new_states.append(state)
                 spikes.append(x)
                 x = x if gains is None else gains[index] * x
-        return tuple(spikes), x
+        return tuple(new_states), tuple(spikes), x
 
-    def _step_major(self, frames, neurons, gains):
+    def _step_major(self, states, frames, neurons, gains):
         def step(network, states, x):
             new_states = []
             for index in range(len(network.synapses)):
@@ -250,23 +314,25 @@ class SpikingNetwork(nn.Module):
                     new_states.append(lif_step(state, x, **neurons[index]))
                     x = new_states[-1].spikes
                     x = x if gains is None else gains[index] * x
-            return tuple(new_states), x
+            return tuple(new_states), (tuple(state.spikes for state in new_states), x)
 
-        def scan_step(network, states, x):
-            states, output = step(network, states, x)
-            return states, (tuple(state.spikes for state in states), output)
-
-        # The first step stands before the loop: it creates the weights and shows the shapes of the states.
-        states, output = step(self, None, frames[0])
-        first = tuple(state.spikes for state in states), output
         scan = nn.scan(
-            scan_step,
+            step,
             variable_broadcast="params",
             split_rngs={"params": False},
-            unroll=self.unroll or max(1, frames.shape[0] - 1),
+            unroll=self.unroll or max(1, len(frames) - (states is None)),
         )
-        _, rest = scan(self, states, frames[1:])
-        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+        if states is not None:
+            states, (spikes, outputs) = scan(self, states, frames)
+            return states, spikes, outputs
+        # The first step stands before the loop: it creates the weights and shows the shapes of the states.
+        states, first = step(self, None, frames[0])
+        states, rest = scan(self, states, frames[1:])
+        return states, *jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+
+
+def _step_means(x):
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
 class SpikingMLP(SpikingNetwork):
@@ -286,7 +352,7 @@ class SpikingMLP(SpikingNetwork):
     def make_synapses(self) -> list[nn.Module]:
         """Dense layers over all pixels or neurons of the layer before."""
         sizes = zip(self.layer_names, (*self.features, self.num_classes), strict=True)
-        return [nn.Dense(size, kernel_init=self.kernel_init, name=name) for name, size in sizes]
+        return [nn.Dense(size, dtype=self.product_dtype, kernel_init=self.kernel_init, name=name) for name, size in sizes]
 
     def pool(self, index: int, x: jax.Array) -> jax.Array:
         """No pooling: flattened."""
@@ -321,10 +387,10 @@ class SpikingConvNet(SpikingNetwork):
         *names, readout = self.layer_names
         return [
             *(
-                Convolution(features, self.kernel_size, self.kernel_init, name=name)
+                Convolution(features, self.kernel_size, self.kernel_init, self.product_dtype, name=name)
                 for name, features in zip(names, self.features, strict=True)
             ),
-            nn.Dense(self.num_classes, kernel_init=self.kernel_init, name=readout),
+            nn.Dense(self.num_classes, dtype=self.product_dtype, kernel_init=self.kernel_init, name=readout),
         ]
 
     def pool(self, index: int, x: jax.Array) -> jax.Array:

@@ -29,6 +29,18 @@ def lif_init(current: jax.Array) -> LIFState:
     return LIFState(jnp.zeros_like(current), jnp.zeros_like(current))
 
 
+def remaining_potential(state: LIFState, *, decay: float | jax.Array, threshold: float | jax.Array, reset: Reset) -> jax.Array:
+    """Returns what decay and reset leave of the potential: that of the next step without its current. See `lif_step`."""
+    potential, spikes = state
+    if reset == "zero":
+        return decay * potential * (1.0 - spikes)
+    if reset == "subtract":
+        return decay * potential - threshold * spikes
+    if reset == "none":
+        return decay * potential
+    raise ValueError(f"reset must be one of {', '.join(RESETS)}; got {reset!r}")
+
+
 def lif_step(
     state: LIFState,
     current: jax.Array,
@@ -68,15 +80,7 @@ def lif_step(
     """
     if not jnp.issubdtype(current.dtype, jnp.floating):
         raise ValueError(f"current must be of a floating-point dtype; got {current.dtype}")
-    potential, spikes = state
-    if reset == "zero":
-        potential = decay * potential * (1.0 - spikes) + current
-    elif reset == "subtract":
-        potential = decay * potential - threshold * spikes + current
-    elif reset == "none":
-        potential = decay * potential + current
-    else:
-        raise ValueError(f"reset must be one of {', '.join(RESETS)}; got {reset!r}")
+    potential = remaining_potential(state, decay=decay, threshold=threshold, reset=reset) + current
     potential = potential.astype(current.dtype)
     return LIFState(potential, spike_fn(potential - threshold).astype(current.dtype))
 

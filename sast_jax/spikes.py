@@ -184,7 +184,7 @@ def spike_fn(mode: Mode, family: str = "arctan", slope: float | jax.Array = 2.0)
         return lambda x: FAMILIES[family].value(x, slope).astype(jnp.result_type(x))
     if mode == "hard":
         return _step_function
-    return lambda x: heaviside(x, slope, family)
+    return functools.partial(heaviside, slope=slope, family=family)
 
 
 def mixed_spike_fn(is_hard: Callable[[jax.Array], jax.Array], family: str = "arctan", slope: float | jax.Array = 2.0) -> SpikeFn:

@@ -1,11 +1,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.test_util import check_grads
 
-from sast_jax import SpikingConvNet, SpikingMLP, spike_fn
+from sast_jax import SpikingConvNet, SpikingMLP, sam, spike_fn
+from sast_jax.data import Batch
 from sast_jax.networks import Calibration, convolution
+from sast_jax.training import init_state, make_train_step
 
 CONV = {"num_classes": 3, "features": (4, 5), "kernel_size": 3}
 MLP = {"num_classes": 3, "features": (8, 6)}
@@ -146,7 +149,102 @@ def test_wrong_number_of_modes_is_refused(frames):
         net.init(jax.random.key(0), frames, ("hard",))
 
 
-@pytest.mark.parametrize("field", ["order", "readout"])
+@pytest.mark.parametrize("field", ["order", "readout", "precision", "time_loop"])
 def test_unknown_choice_is_refused(field, frames):
     with pytest.raises(ValueError, match=f"{field} must be one of"):
         init(SpikingMLP(**MLP, **{field: "other"}), frames)
+
+
+@pytest.mark.parametrize("order", ["layer_major", "step_major"])
+@pytest.mark.parametrize(("network", "sizes"), NETWORKS)
+def test_time_chunks_change_neither_outputs_nor_gradient(network, sizes, order, frames, float64):
+    frames = frames.astype(np.float64)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), init(network(**sizes), frames))
+    results = []
+    for time_chunk in (0, 1, 4, 6):
+        net = network(**sizes, order=order, time_chunk=time_chunk)
+
+        def loss(params, net=net):
+            output = net.apply({"params": params}, frames)
+            return jnp.sum(output.logits**2) + sum(jnp.sum(jnp.sin(s)) for s in output.spikes), output
+
+        results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
+    for result in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), results[0], result)
+
+
+def test_weights_may_be_created_in_time_chunks(frames):
+    chunks, whole = (init(SpikingConvNet(**CONV, time_chunk=chunk), frames) for chunk in (2, 0))
+    jax.tree.map(np.testing.assert_array_equal, chunks, whole)
+
+
+@pytest.mark.parametrize(("network", "sizes"), NETWORKS)
+def test_time_chunks_hold_the_memory_of_a_train_step_in_long_recordings(network, sizes):
+    def megabytes(num_time_steps, time_chunk):
+        net, tx = network(**sizes, time_chunk=time_chunk), optax.sgd(0.1)
+        shape = (num_time_steps, 4, 16, 16, 2)
+        state = jax.eval_shape(lambda: init_state(net, tx, np.zeros(shape), seed=0))
+        batch = Batch(jax.ShapeDtypeStruct(shape, np.uint8), jax.ShapeDtypeStruct((4,), np.int32), None)
+        compiled = make_train_step(net, tx, "surrogate").lower(state, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+    growth = {chunk: megabytes(400, chunk) - megabytes(100, chunk) for chunk in (0, 10)}
+    assert growth[10] < growth[0] / 4
+
+
+def test_activity_is_the_mean_of_the_spikes(frames):
+    net = SpikingConvNet(**CONV, time_chunk=4)
+    output = net.apply({"params": init(net, frames)}, frames)
+    for spikes, rate, share in zip(output.spikes, *output.activity, strict=True):
+        assert rate == pytest.approx(np.mean(spikes), rel=1e-5)
+        assert share == pytest.approx(np.mean(np.asarray(spikes) > 0.5), rel=1e-5)
+
+
+def test_frames_may_be_of_any_dtype(frames):
+    net = SpikingConvNet(**CONV)
+    params = init(net, frames)
+    outputs = [net.apply({"params": params}, frames.astype(dtype)) for dtype in (np.float32, np.uint8, bool)]
+    np.testing.assert_array_equal(outputs[0].logits, outputs[1].logits)
+    np.testing.assert_array_equal(outputs[0].logits, outputs[2].logits)
+
+
+@pytest.mark.parametrize("order", ["layer_major", "step_major"])
+@pytest.mark.parametrize(("network", "sizes"), NETWORKS)
+def test_bfloat16_is_of_the_products_alone_and_its_gradient_close(network, sizes, order, frames):
+    params = init(network(**sizes), frames)
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        net = network(**sizes, order=order, precision=precision)
+        output = net.apply({"params": params}, frames)
+        assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype(jnp.float32)}
+
+        def loss(params, net=net):
+            return jnp.sum(net.apply({"params": params}, frames).logits ** 2)
+
+        products = [
+            line for line in str(jax.make_jaxpr(loss)(params)).splitlines() if "dot_general[" in line or "conv_general" in line
+        ]
+        assert all(("bf16" in line) == (precision == "bfloat16") for line in products if ":" in line)
+        gradients[precision] = jax.grad(loss)(params)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradients))
+    exact, rounded = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in gradients.values())
+    error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
+    assert 1e-5 < error < 0.05
+
+
+def test_in_bfloat16_weights_optimizer_and_perturbation_stay_float32(frames):
+    net, radius = SpikingMLP(**MLP, precision="bfloat16"), 1e-4
+    tx, moved = optax.chain(sam(radius), optax.adam(1e-3)), []
+    state = init_state(net, tx, frames, seed=0)
+    batch = Batch(frames.astype(np.uint8), np.zeros(2, np.int32), np.ones(2, bool))
+    state, metrics = make_train_step(net, tx, "surrogate")(state, batch)
+    assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves((state, metrics)))
+
+    def grad_fn(point):
+        moved.append(point)
+        return jax.grad(lambda p: jnp.sum(net.apply({"params": p}, frames).logits ** 2))(point)
+
+    sam(radius).update(grad_fn(state.params), sam(radius).init(state.params), state.params, grad_fn=grad_fn)
+    start, end = moved
+    # Below half a unit of bfloat16 in most weights: rounded to it, the perturbation would vanish.
+    assert optax.tree.norm(optax.tree.sub(end, start)) == pytest.approx(radius, rel=1e-3)

@@ -18,6 +18,7 @@ LAYERS = [
     {"files"},
     {"spikes", "sam", "data.events"},
     {"neurons", "data.cache", "data.camera", "data.corruption", "data.decoders", "data.images"},
+    {"pallas"},
     {
         "data.simulated",
         "data.gestures",

@@ -91,12 +91,11 @@ def make_train_step(
     tx = optax.with_extra_args_support(tx)
 
     def loss_fn(params, batch, spikes):
-        output = network.apply({"params": params}, batch.frames.astype(jnp.float32), spikes)
+        output = network.apply({"params": params}, batch.frames, spikes)
         loss = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch.labels).mean()
         metrics = {"loss": loss, "accuracy": jnp.mean(output.logits.argmax(-1) == batch.labels)}
-        for i, layer in enumerate(output.spikes):
-            # Every family is 1/2 at the threshold, and increases.
-            metrics |= {f"spike_rate_{i}": jnp.mean(layer), f"above_threshold_{i}": jnp.mean(layer > 0.5)}
+        for i, (rate, share) in enumerate(zip(*output.activity, strict=True)):
+            metrics |= {f"spike_rate_{i}": rate, f"above_threshold_{i}": share}
         return loss, metrics
 
     @functools.partial(jax.jit, donate_argnums=0)

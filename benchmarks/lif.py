@@ -1,0 +1,181 @@
+"""Time of one layer of neurons by the way it is taken through time, all compared in one run.
+
+    python benchmarks/lif.py
+
+The ways take turns; a row's ratio is the median, over the rounds, of its time over that of the plain scan. The floor is what
+must be read and written - forward the currents and the spikes, with the gradient also the potentials there and back, the
+spikes' cotangents and the currents' - over the bandwidth of a copy measured in the same rounds. The kernels of `lif_pallas` are
+timed where there is a GPU or TPU; on a CPU they are interpreted. Writes `benchmarks/results/lif.json` and `.md`, and the table
+into `docs/results.md`.
+"""
+
+import argparse
+import functools
+import itertools
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from publish import publish
+
+from sast_jax import lif, lif_init, lif_step, spike_fn
+from sast_jax.allocator import keep_freed_memory
+from sast_jax.neurons import LIFState, remaining_potential
+from sast_jax.pallas import lif_pallas
+
+SHAPES = {"conv layer, 34x34x12": (10, 32, 34, 34, 12), "dense layer, 512": (25, 128, 512)}
+NEURON = {"decay": 0.9, "threshold": 1.0, "reset": "zero", "spike_fn": spike_fn("surrogate")}
+
+
+def recomputed(current):
+    """The scan, of which only states are kept for the gradient."""
+
+    @jax.checkpoint
+    def step(state, now):
+        state = lif_step(state, now, **NEURON)
+        return state, state.spikes
+
+    return jax.lax.scan(step, lif_init(current[0]), current)[1]
+
+
+def recomputed_in_chunks(current):
+    """The scan, of which the states between chunks are kept."""
+
+    @jax.checkpoint
+    def chunk(state, currents):
+        spikes, state = lif(currents, initial_state=state, **NEURON)
+        return state, spikes
+
+    _, spikes = jax.lax.scan(chunk, lif_init(current[0]), current.reshape(-1, 5, *current.shape[1:]))
+    return spikes.reshape(current.shape)
+
+
+@jax.custom_vjp
+def potentials_kept(current):
+    """A gradient written by hand, from the potentials alone, as in the kernels."""
+    return lif(current, **NEURON)[0]
+
+
+def _potentials_kept_fwd(current):
+    def step(state, now):
+        state = lif_step(state, now, **NEURON)
+        return state, (state.spikes, state.potential)
+
+    return jax.lax.scan(step, lif_init(current[0]), current)[1]
+
+
+def _potentials_kept_bwd(potentials, cotangents):
+    spike, settings = NEURON["spike_fn"], {key: value for key, value in NEURON.items() if key != "spike_fn"}
+
+    def step(carry, now):
+        potential_cotangent, spikes_cotangent = carry
+        potential, earlier, is_first, cotangent = now
+        _, through_spikes = jax.vjp(lambda u: spike(u - NEURON["threshold"]), potential)
+        potential_cotangent += through_spikes(spikes_cotangent + cotangent)[0]
+        before = LIFState(earlier, jnp.where(is_first, 0.0, spike(earlier - NEURON["threshold"])))
+        _, through_reset = jax.vjp(lambda state: remaining_potential(state, **settings), before)
+        return tuple(through_reset(potential_cotangent)[0]), potential_cotangent
+
+    earlier = jnp.concatenate([jnp.zeros_like(potentials[:1]), potentials[:-1]])
+    inputs = potentials, earlier, jnp.arange(len(potentials)) == 0, cotangents
+    return (jax.lax.scan(step, tuple(lif_init(potentials[0])), inputs, reverse=True)[1],)
+
+
+potentials_kept.defvjp(_potentials_kept_fwd, _potentials_kept_bwd)
+
+WAYS = {
+    "scan": lambda current: lif(current, **NEURON)[0],
+    "scan, unrolled by 5": lambda current: lif(current, unroll=5, **NEURON)[0],
+    "scan, unrolled": lambda current: lif(current, unroll=len(current), **NEURON)[0],
+    "scan, states kept, rest recomputed": recomputed,
+    "scan, chunks of 5 steps recomputed": recomputed_in_chunks,
+    "potentials kept, gradient by hand": potentials_kept,
+}
+if jax.default_backend() != "cpu":
+    WAYS["Pallas kernels"] = lambda current: lif_pallas(current, **NEURON)[0]
+
+
+def timed(function, *arguments):
+    """Seconds of a call."""
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
+
+
+def measure(shape, rounds):
+    """Returns a row per way, and the floors."""
+    rng = np.random.default_rng(0)
+    current, cotangent = (jax.device_put(rng.normal(0.3, 0.8, shape).astype(np.float32)) for _ in range(2))
+
+    def with_gradient(way, current, cotangent):
+        spikes, gradient = jax.vjp(way, current)
+        return spikes, gradient(cotangent)
+
+    functions = {("copy", "forward"): jax.jit(lambda x: x + 1)}
+    functions |= {(name, "forward"): jax.jit(way) for name, way in WAYS.items()}
+    backward = {(name, "gradient"): jax.jit(functools.partial(with_gradient, way)) for name, way in WAYS.items()}
+    expected = backward["scan", "gradient"](current, cotangent)
+    for function in backward.values():
+        for a, b in zip(function(current, cotangent), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    for function in functions.values():
+        function(current)
+    seconds = {key: [] for key in (*functions, *backward)}
+    for _, key in itertools.product(range(rounds), seconds):
+        arguments = (current,) if key in functions else (current, cotangent)
+        seconds[key].append(timed((functions | backward)[key], *arguments))
+    seconds = {key: np.array(values) for key, values in seconds.items()}
+    copied = np.median(seconds.pop(("copy", "forward")))  # Reads and writes an array once: 2 passes over it.
+    rows = {
+        name: {
+            kind: {
+                "milliseconds": [round(1e3 * float(q), 3) for q in np.quantile(seconds[name, kind], (0.25, 0.5, 0.75))],
+                "ratio": round(float(np.median(seconds[name, kind] / seconds["scan", kind])), 3),
+            }
+            for kind in ("forward", "gradient")
+        }
+        for name in WAYS
+    }
+    # Passes: current in, spikes out; and potentials out and in, cotangents in and out.
+    return rows, {"forward": round(1e3 * copied, 3), "gradient": round(3e3 * copied, 3)}
+
+
+def markdown(tables, environment):
+    """One table per shape."""
+    lines = []
+    for title, (rows, floor) in tables.items():
+        lines += [f"| {title} | forward, ms (quartiles) | ratio | with gradient, ms (quartiles) | ratio |", "|---" * 5 + "|"]
+        for name, row in rows.items():
+            cells = []
+            for kind in ("forward", "gradient"):
+                low, median, high = row[kind]["milliseconds"]
+                cells.append(f"{median:.2f} ({low:.2f} - {high:.2f}) | {row[kind]['ratio']:.2f}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines += [f"| *floor* | {floor['forward']:.2f} | | {floor['gradient']:.2f} | |", ""]
+    lines.append(
+        "jax {jax} on {cores} {device} cores, {rounds} rounds, load {load_average:.1f} at the start.".format(**environment)
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    """Measures, then prints and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    keep_freed_memory()
+    environment = {
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "jax": jax.__version__,
+        "rounds": rounds,
+    }
+    tables = {f"{title}, T {shape[0]}, batch {shape[1]}": measure(shape, rounds) for title, shape in SHAPES.items()}
+    publish("lif", {"environment": environment, "workloads": tables}, markdown(tables, environment))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Neurons as Pallas kernels for GPUs and TPUs: the state stays in registers over time, spikes and potentials are written once."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from sast_jax.neurons import LIFState, Reset, lif, lif_init, lif_step, remaining_potential
+from sast_jax.spikes import SpikeFn
+
+BLOCK_SIZE = 1024
+"""Neurons per program of the grid; smaller layers take the next power of two that holds them."""
+
+
+def lif_pallas(
+    current: jax.Array,
+    *,
+    decay: float | jax.Array,
+    threshold: float | jax.Array = 1.0,
+    reset: Reset = "zero",
+    spike_fn: SpikeFn,
+    initial_state: LIFState | None = None,
+) -> tuple[jax.Array, LIFState]:
+    """Equals `lif` up to rounding, in value and gradient, in one pass over memory each way.
+
+    Forward it reads currents and writes spikes, and potentials if there is a gradient to be taken; backward it reads potentials
+    and derives spikes and slopes from them again. On a CPU the kernels are interpreted, which is for tests. Where the kernels
+    do not reach, `lif` runs instead: currents that are not float32, decays or thresholds that are arrays, spike functions that
+    depend on arrays (a slope under a schedule, random hard spikes).
+
+    Args:
+        current: As in `lif`.
+        decay: As in `lif`.
+        threshold: As in `lif`.
+        reset: As in `lif`.
+        spike_fn: As in `lif`.
+        initial_state: As in `lif`.
+
+    Returns:
+        As `lif`.
+
+    References:
+        Tillet, Kung, Cox. Triton: An Intermediate Language and Compiler for Tiled Neural Network Computations. MAPL 2019.
+    """
+    neuron: dict[str, Any] = {"decay": decay, "threshold": threshold, "reset": reset, "spike_fn": spike_fn}
+    if not _is_covered(current, decay, threshold, spike_fn):
+        return lif(current, initial_state=initial_state, **neuron)
+    state = lif_init(current[0]) if initial_state is None else initial_state
+    num_time_steps, *shape = current.shape
+    num_neurons = current[0].size
+    block_size = min(BLOCK_SIZE, pl.next_power_of_2(num_neurons))
+    padding = -num_neurons % block_size
+    flat = jax.tree.map(lambda x: jnp.pad(x.reshape(-1), (0, padding)), state)
+    rows = jnp.pad(current.reshape(num_time_steps, -1), ((0, 0), (0, padding)))
+    spikes, state = _neurons(rows, flat, tuple(neuron.items()), block_size)
+    unpad = lambda x: x[..., :num_neurons]  # noqa: E731
+    return unpad(spikes).reshape(current.shape), jax.tree.map(lambda x: unpad(x).reshape(shape), state)
+
+
+def _is_covered(current, decay, threshold, spike_fn):
+    are_numbers = isinstance(decay, int | float) and isinstance(threshold, int | float)
+    if current.dtype != jnp.float32 or current.size == 0 or not are_numbers:
+        return False
+    if jax.make_jaxpr(spike_fn)(current[0]).consts:
+        return False
+    value = str(jax.make_jaxpr(_value_of(spike_fn))(current[0]))
+    return not any(name in value for name in ("random_bits", "custom_vjp_call"))  # Bits drawn in a block are those of all blocks.
+
+
+def _value_of(spike_fn):
+    """The same function without its own gradient (straight-through), for which Triton has no code."""
+    if isinstance(spike_fn, functools.partial) and isinstance(spike_fn.func, jax.custom_vjp):
+        return functools.partial(spike_fn.func.__wrapped__, *spike_fn.args, **spike_fn.keywords)
+    return spike_fn
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _neurons(current, state, neuron, block_size):
+    """Spikes `[T, N]` and the last state `[N]`, from currents `[T, N]`; N is a multiple of the block."""
+    return _forward(current, state, neuron, block_size, keep_potentials=False)
+
+
+def _neurons_fwd(current, state, neuron, block_size):
+    spikes, last, potentials = _forward(current, state, neuron, block_size, keep_potentials=True)
+    return (spikes, last), (potentials, state)
+
+
+def _neurons_bwd(neuron, block_size, residuals, cotangents):
+    return _backward(*residuals, *cotangents, neuron, block_size)
+
+
+_neurons.defvjp(_neurons_fwd, _neurons_bwd)
+
+
+def _specs(num_time_steps, block_size):
+    """How a block of neurons is cut out of `[T, N]` and of `[N]`."""
+    return pl.BlockSpec((num_time_steps, block_size), lambda i: (0, i)), pl.BlockSpec((block_size,), lambda i: (i,))
+
+
+def _call(kernel, outputs, specs, arguments, block_size):
+    backend = jax.default_backend()
+    return pl.pallas_call(
+        kernel,
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape, _ in outputs],
+        in_specs=specs,
+        out_specs=[spec for _, spec in outputs],
+        grid=(arguments[0].shape[-1] // block_size,),
+        interpret=backend == "cpu",
+        compiler_params=triton.CompilerParams() if backend == "gpu" else None,
+    )(*arguments)
+
+
+def _forward(current, state, neuron, block_size, *, keep_potentials):
+    num_time_steps = len(current)
+    settings = dict(neuron)
+    settings["spike_fn"] = _value_of(settings["spike_fn"])
+
+    def kernel(current_ref, potential_ref, spikes_ref, all_spikes_ref, last_potential_ref, last_spikes_ref, *potentials_ref):
+        def step(t, state):
+            state = lif_step(state, current_ref[t, :], **settings)
+            all_spikes_ref[t, :] = state.spikes
+            for ref in potentials_ref:
+                ref[t, :] = state.potential
+            return state
+
+        start = LIFState(potential_ref[...], spikes_ref[...])
+        last_potential_ref[...], last_spikes_ref[...] = jax.lax.fori_loop(0, num_time_steps, step, start)
+
+    rows, row = _specs(num_time_steps, block_size)
+    outputs = [(current.shape, rows), (current.shape[1:], row), (current.shape[1:], row)]
+    outputs += [(current.shape, rows)] if keep_potentials else []
+    spikes, potential, last_spikes, *potentials = _call(kernel, outputs, [rows, row, row], (current, *state), block_size)
+    return spikes, LIFState(potential, last_spikes), *potentials
+
+
+def _backward(potentials, initial_state, spikes_cotangent, last_cotangent, neuron, block_size):
+    num_time_steps = len(potentials)
+    settings = dict(neuron)
+    threshold, spike_fn = settings["threshold"], settings.pop("spike_fn")
+
+    def kernel(potentials_ref, potential_ref, spikes_ref, cotangent_ref, last_potential_ref, last_spikes_ref, *outputs):
+        current_ref, first_potential_ref, first_spikes_ref = outputs
+
+        def step(i, carry):
+            potential_cotangent, spikes_cotangent = carry
+            t = num_time_steps - 1 - i
+            _, through_spikes = jax.vjp(lambda u: spike_fn(u - threshold), potentials_ref[t, :])
+            potential_cotangent += through_spikes(spikes_cotangent + cotangent_ref[t, :])[0]
+            current_ref[t, :] = potential_cotangent
+            earlier = potentials_ref[jnp.maximum(t - 1, 0), :]
+            is_first = t == 0
+            before = LIFState(
+                jnp.where(is_first, potential_ref[...], earlier),
+                jnp.where(is_first, spikes_ref[...], _value_of(spike_fn)(earlier - threshold)),
+            )
+            _, through_reset = jax.vjp(lambda state: remaining_potential(state, **settings), before)
+            return tuple(through_reset(potential_cotangent)[0])
+
+        last = last_potential_ref[...], last_spikes_ref[...]
+        first_potential_ref[...], first_spikes_ref[...] = jax.lax.fori_loop(0, num_time_steps, step, last)
+
+    rows, row = _specs(num_time_steps, block_size)
+    arguments = (potentials, *initial_state, spikes_cotangent, *last_cotangent)
+    outputs = [(potentials.shape, rows), (potentials.shape[1:], row), (potentials.shape[1:], row)]
+    current, potential, spikes = _call(kernel, outputs, [rows, row, row, rows, row, row], arguments, block_size)
+    return current, LIFState(potential, spikes)

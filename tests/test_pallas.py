@@ -1,0 +1,108 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractDevice
+
+from sast_jax import FAMILIES, LIFState, SpikingConvNet, lif, spike_fn
+from sast_jax.pallas import lif_pallas
+from sast_jax.spikes import MODES, mixed_spike_fn
+
+
+def value_and_gradient(run, current, state, neuron):
+    """Spikes, last state, and the gradients of all that goes in."""
+    weights = np.random.default_rng(1).normal(size=current.shape).astype(np.float32)
+
+    def loss(current, state):
+        spikes, last = run(current, initial_state=state, **neuron)
+        return jnp.sum(weights * spikes) + jnp.sum(jnp.sin(last.potential)) + jnp.sum(last.spikes), (spikes, last)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(current, state)
+
+
+def assert_equal_to_scan(current, state, neuron):
+    scan, kernel = (value_and_gradient(run, current, state, neuron) for run in (lif, lif_pallas))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), scan, kernel)
+
+
+@pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
+@pytest.mark.parametrize(
+    ("mode", "family"),
+    [*((mode, family) for mode in ("surrogate", "straight_through") for family in FAMILIES), ("hard", "arctan")],
+)
+def test_kernels_equal_the_scan_in_value_and_gradient(mode, family, reset):
+    rng = np.random.default_rng(0)
+    current = rng.normal(0.4, 0.8, (5, 3, 7)).astype(np.float32)
+    state = LIFState(*(rng.random((3, 7)).astype(np.float32) for _ in range(2)))
+    neuron = {"decay": 0.9, "threshold": 0.8, "reset": reset, "spike_fn": spike_fn(mode, family, 3.0)}
+    assert_equal_to_scan(current, state, neuron)
+
+
+@given(shape=st.lists(st.integers(1, 40), min_size=1, max_size=3), num_time_steps=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_neurons_need_not_fill_the_blocks(shape, num_time_steps, seed):
+    current = np.random.default_rng(seed).normal(0.4, 0.8, (num_time_steps, *shape)).astype(np.float32)
+    assert_equal_to_scan(current, None, {"decay": 0.9, "spike_fn": spike_fn("surrogate")})
+
+
+def kernels_in(run, *arguments):
+    return str(jax.make_jaxpr(run)(*arguments)).count("pallas_call[")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decay": jnp.float32(0.9)},
+        {"threshold": jnp.full(4, 0.8)},
+        {"spike_fn": spike_fn("surrogate", "arctan", jnp.float32(2.0))},
+        {"spike_fn": spike_fn("straight_through", "arctan", jnp.float32(2.0))},
+        {"spike_fn": mixed_spike_fn(lambda x: jax.random.bernoulli(jax.random.key(0), 0.5, x.shape))},
+    ],
+)
+def test_what_the_kernels_do_not_cover_is_scanned(change):
+    neuron = {"decay": 0.9, "threshold": 0.8, "spike_fn": spike_fn("surrogate")}
+    current = jnp.full((3, 2, 4), 0.5)
+    assert kernels_in(lambda x: lif_pallas(x, **neuron), current) == 1
+    assert kernels_in(lambda x: lif_pallas(x, **neuron | change), current) == 0
+    assert_equal_to_scan(current, None, neuron | change)
+
+
+def test_currents_of_another_dtype_are_scanned(float64):
+    run = lambda x: lif_pallas(x, decay=0.9, spike_fn=spike_fn("surrogate"))  # noqa: E731
+    assert kernels_in(run, jnp.ones((3, 2), jnp.float64)) == kernels_in(run, jnp.ones((3, 2), jnp.bfloat16)) == 0
+
+
+def test_network_on_kernels_equals_the_one_on_scans():
+    frames = (np.random.default_rng(0).random((5, 2, 9, 8, 2)) < 0.3).astype(np.float32)
+    sizes = {"num_classes": 3, "features": (4, 5), "kernel_size": 3}
+    params = SpikingConvNet(**sizes).init(jax.random.key(0), frames)["params"]
+    results = []
+    for choice in ({}, {"time_loop": "pallas"}, {"time_loop": "pallas", "time_chunk": 2}):
+        net = SpikingConvNet(**sizes, **choice)
+
+        def loss(params, net=net):
+            return jnp.sum(net.apply({"params": params}, frames, ("surrogate", "straight_through")).logits ** 2)
+
+        assert bool(kernels_in(loss, params)) == bool(choice)
+        results.append(jax.jit(jax.value_and_grad(loss))(params))
+    for result in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), results[0], result)
+
+
+@pytest.mark.parametrize(
+    ("platform", "backend", "device"),
+    [("cuda", "gpu", AbstractDevice("NVIDIA H100", 1, "gpu")), ("tpu", "tpu", AbstractDevice("TPU v5 lite", 1, "tpu"))],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels_are_lowered_for_devices_that_are_not_here(mode, platform, backend, device, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def loss(current):
+        return jnp.sum(lif_pallas(current, decay=0.9, spike_fn=spike_fn(mode))[0] ** 2)
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        traced = jax.jit(jax.grad(loss)).trace(jax.ShapeDtypeStruct((6, 1500), jnp.float32))
+        lowered = traced.lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("custom_call @") >= 2
