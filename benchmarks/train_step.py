@@ -52,39 +52,47 @@ WORKLOADS = {
 }
 
 
-class Candidate:
+class Program:
     """A compiled train step with the state and the batches it runs on."""
 
-    def __init__(self, network, canonical, rho, num_time_steps, batch_size):
-        """Compiles the step and notes how long that takes."""
-        rng = np.random.default_rng(0)
-        shape = (num_time_steps, batch_size, 34, 34, 2)
-
-        def draw():
-            labels = rng.integers(0, 10, batch_size).astype(np.int32)
-            return Batch((rng.random(shape) < 0.15).astype(np.uint8), labels, np.ones(batch_size, bool))
-
-        self.batches = (draw(), draw()) if rho else (draw(),)
-        tx = optax.chain(sam(rho), optax.adam(1e-3)) if rho else optax.adam(1e-3)
-        convolution = mock.patch("sast_jax.networks.convolution", plain_convolution)
+    def __init__(self, step, state, batches):
+        """Compiles the step, and notes how long that takes and how many bytes it needs."""
         start = time.perf_counter()
-        with contextlib.nullcontext() if canonical else convolution:
-            self.state = init_state(network, tx, np.zeros(shape)[:, :1], seed=0)
-            self.step = make_train_step(network, tx, "surrogate").lower(self.state, *self.batches).compile()
+        self._step = step.lower(state, *batches).compile()
         self.compile_seconds = time.perf_counter() - start
+        memory = self._step.memory_analysis()
+        self.num_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self._state, self._batches = state, jax.device_put(batches)
         self.run()
 
     def run(self):
         """Takes one step and returns its seconds."""
         start = time.perf_counter()
-        self.state, _ = self.step(self.state, *self.batches)
-        jax.block_until_ready(self.state)
+        self._state, _ = self._step(self._state, *self._batches)
+        jax.block_until_ready(self._state)
         return time.perf_counter() - start
+
+
+def make_program(network, canonical, rho, num_time_steps, batch_size):
+    """Returns the program of a candidate."""
+    rng = np.random.default_rng(0)
+    shape = (num_time_steps, batch_size, 34, 34, 2)
+
+    def draw():
+        labels = rng.integers(0, 10, batch_size).astype(np.int32)
+        return Batch((rng.random(shape) < 0.15).astype(np.uint8), labels, np.ones(batch_size, bool))
+
+    batches = (draw(), draw()) if rho else (draw(),)
+    tx = optax.chain(sam(rho), optax.adam(1e-3)) if rho else optax.adam(1e-3)
+    convolution = mock.patch("sast_jax.networks.convolution", plain_convolution)
+    with contextlib.nullcontext() if canonical else convolution:
+        state = init_state(network, tx, np.zeros(shape)[:, :1], seed=0)
+        return Program(make_train_step(network, tx, "surrogate"), state, batches)
 
 
 def measure(candidates, num_time_steps, batch_size, rounds):
     """Returns a row per candidate; the first one is what the others are compared with."""
-    compiled = {name: Candidate(*candidate, num_time_steps, batch_size) for name, candidate in candidates.items()}
+    compiled = {name: make_program(*candidate, num_time_steps, batch_size) for name, candidate in candidates.items()}
     seconds = {name: [] for name in compiled}
     for _, (name, candidate) in itertools.product(range(rounds), compiled.items()):
         seconds[name].append(candidate.run())

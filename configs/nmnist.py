@@ -77,6 +77,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.sam.adaptive = "none"  # ASAM: element, filter (radius relative to the weights); none.
     config.sam.every_steps = 1  # Every how many steps weights are perturbed; the others cost one gradient.
     config.sam.start = 0.0  # Share of the steps, from 0 to 1, after which perturbing begins.
+    config.sam.ascent = "global"  # On several devices: global, or per_device (each climbs the gradient of its own samples).
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adam"  # adam, adamw, or sgd (momentum 0.9).

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sast_jax.allocator import keep_freed_memory
+from sast_jax.compilation import keep_compiled
 from sast_jax.errors import Interrupted, SuspicionWarning, UserError, refuse
 
 EXIT_USER_ERROR = 2
@@ -59,6 +60,11 @@ def _parse(argv):
     train = commands.add_parser("train", help="train the run or runs of a config, or go on with them", allow_abbrev=False)
     train.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, as configs/digits.py:sast")
     train.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the run, made if missing")
+    train.add_argument(
+        "--hosts",
+        metavar="ADDRESS",
+        help="of the processes that share the training: auto (as under Slurm), or HOST:PORT,INDEX,NUMBER",
+    )
     train.epilog = "Any field can be set: --config.section.key=VALUE, as --config.sam.rho=0.1"
     evaluate = commands.add_parser("evaluate", help="evaluate a trained run on its test part", allow_abbrev=False)
     evaluate.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
@@ -88,6 +94,12 @@ def _parse(argv):
     sweep = commands.add_parser("sweep", help="train, select and compare the methods of a study, or go on", allow_abbrev=False)
     sweep.add_argument("--config", required=True, metavar="FILE", type=Path, help="study, as configs/study_digits.py")
     sweep.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the study, made if missing")
+    sweep.add_argument(
+        "--together",
+        metavar="N",
+        type=_positive,
+        help="runs trained as one program, at most (on a CPU 1, else as many as fit in memory)",
+    )
     sweep.epilog = "Any field can be set for all methods: --config.section.key=VALUE; one that is selected is then fixed"
     export.add_argument("--calibration", metavar="METHOD", help="with what this method of the suite calibration found, or chosen")
     report = commands.add_parser("report", help="show all that is known of a run in one HTML file", allow_abbrev=False)
@@ -95,6 +107,12 @@ def _parse(argv):
     report.epilog = evaluate.epilog
     rest, overrides = _split_overrides(argv)
     return parser.parse_args(rest), overrides
+
+
+def _positive(text):
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer; got {text!r}")
+    return int(text)
 
 
 def _split_overrides(argv):
@@ -114,21 +132,25 @@ def _split_overrides(argv):
 
 def _train(args, overrides):
     from sast_jax import config as config_lib
+    from sast_jax.devices import connect_hosts, is_first_host
     from sast_jax.training import train_variants
     from sast_jax.training.run import RESULTS, read_json
 
+    if args.hosts is not None:
+        connect_hosts(args.hosts)
     is_finished = read_json(args.workdir / RESULTS) is not None  # Then its recordings may be gone.
     configs = config_lib.load_configs(args.config, overrides, with_data=not is_finished)
     results = train_variants(configs, args.workdir)
-    print(format_table(results.get("runs", {args.workdir.resolve().name: results})))
-    print(f"\nResults: {args.workdir / RESULTS}")
+    if is_first_host():
+        print(format_table(results.get("runs", {args.workdir.resolve().name: results})))
+        print(f"\nResults: {args.workdir / RESULTS}")
 
 
 def _sweep(args, overrides):
     from sast_jax.experiments.page import PAGE, find, write_page
     from sast_jax.experiments.sweep import run_study
 
-    results = run_study(args.config, overrides, args.workdir)
+    results = run_study(args.config, overrides, args.workdir, together=args.together)
     write_page(results, args.workdir)
     print("\n".join(find(results)))
     print(f"\nResults: {args.workdir / PAGE}")
@@ -173,8 +195,7 @@ def _data(args, overrides):
     from sast_jax import config as config_lib
     from sast_jax import inspection
     from sast_jax.data import load_dataset
-    from sast_jax.data.cache import cache_dir
-    from sast_jax.files import write_json
+    from sast_jax.files import cache_dir, write_json
 
     config = next(iter(config_lib.load_configs(args.config, overrides).values()))
     dataset = config.dataset.to_dict()
@@ -268,6 +289,7 @@ def entry_point() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     keep_freed_memory()
+    keep_compiled()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # A folder's name may not be text.
     warnings.showwarning = _show_warning
     status = main()

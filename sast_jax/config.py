@@ -15,7 +15,7 @@ from sast_jax.data import recorded
 from sast_jax.errors import UserError, refuse, warn
 from sast_jax.files import read_json
 from sast_jax.neurons import RESETS
-from sast_jax.sam import ADAPTIVE
+from sast_jax.sam import ADAPTIVE, ASCENTS
 from sast_jax.spikes import FAMILIES
 from sast_jax.theory.neuron import max_current
 
@@ -127,6 +127,7 @@ SCHEMA: dict[str, Field] = {
     "sam.adaptive": _choice("none", *ADAPTIVE),
     "sam.every_steps": _integer(1),
     "sam.start": _number(0, 1),
+    "sam.ascent": _choice(*ASCENTS).or_else("global"),
     "optimizer.name": _choice(*OPTIMIZERS),
     "optimizer.learning_rate": _number(0, above=True),
     "optimizer.schedule": _choice(*SCHEDULES),
@@ -417,6 +418,12 @@ def _find_conflicts(config, flat):
         problems.append(
             f"sam.perturbation_batch_size: {config.sam.perturbation!r} perturbs by no batch of its own, so it must be 0; got "
             f"{config.sam.perturbation_batch_size}"
+        )
+    is_every_step = config.sam.every_steps == 1 and not config.sam.start and config.sam.perturbation in ("independent", "same")
+    if config.sam.rho and config.sam.ascent == "per_device" and not is_every_step:
+        problems.append(
+            "sam.ascent: per_device needs a gradient for the perturbation at every step, so sam.every_steps must be 1, sam.start "
+            "0, and sam.perturbation independent or same"
         )
     if config.mode == "straight_through" and (config.spikes.hard_share or config.spikes.finish):
         problems.append("spikes: in mode straight_through all spikes are hard, so hard_share and finish must be 0")

@@ -17,6 +17,11 @@ MAX_JSON_BYTES = 64 * 2**20
 """What a run writes stays far below; a larger file is not of a run, and reading it could take all memory."""
 
 
+def cache_dir() -> Path:
+    """Folder of the cache: the environment variable `SAST_JAX_CACHE`, else `~/.cache/sast_jax`."""
+    return Path(os.path.expanduser(os.environ.get("SAST_JAX_CACHE") or "~/.cache/sast_jax"))
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file that takes the name `path` once the block ends without an error.

@@ -12,6 +12,11 @@ Adaptive = Literal["element", "filter"]
 
 ADAPTIVE: tuple[Adaptive, ...] = ("element", "filter")
 
+Ascent = Literal["global", "per_device"]
+
+ASCENTS: tuple[Ascent, ...] = ("global", "per_device")
+"""Whose gradient perturbs where a batch is spread over devices: see `sast_jax.training.make_train_step`."""
+
 
 class SamState(NamedTuple):
     """State of `sam`.

@@ -302,7 +302,7 @@ def test_lack_of_memory_is_a_message(train, capsys, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("sast_jax.training.loop.make_train_step", fail)
+    monkeypatch.setattr("sast_jax.training.build.make_train_step", fail)
     assert "out of memory" in refused(capsys, train(config="configs/nmnist.py:sast"))
 
 
@@ -310,7 +310,7 @@ def test_other_errors_of_the_program_itself_are_not_hidden(train, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("sast_jax.training.loop.make_train_step", fail)
+    monkeypatch.setattr("sast_jax.training.build.make_train_step", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         train(config="configs/nmnist.py:sast")
 

@@ -52,12 +52,20 @@ def study(tmp_path):
 
 
 class Trainer:
-    """Stands in for `train_and_evaluate`: accuracies are a function of the config, and runs are counted."""
+    """Stands in for `train_many`: accuracies are a function of the config, and runs are counted."""
 
     def __init__(self, stop_at=None, diverges=lambda config: False, test_shift=0.0):
         self.trained, self.stop_at, self.diverges, self.test_shift = [], stop_at, diverges, test_shift
 
-    def __call__(self, config, workdir, *, title):
+    def __call__(self, configs, workdirs, *, titles, together, report):
+        for index, (config, workdir, title) in enumerate(zip(configs, workdirs, titles, strict=True)):
+            try:
+                result = self.train(config, workdir, title)
+            except Diverged as error:
+                result = error
+            report(index, result)
+
+    def train(self, config, workdir, title):
         check_workdir(workdir, config)
         if (found := read_json(workdir / "results.json")) is not None:
             return found

@@ -13,7 +13,7 @@ from sast_jax.errors import SuspicionWarning, UserError
 from sast_jax.training import read_metrics, train_and_evaluate
 from sast_jax.training.build import load_data
 from sast_jax.training.health import find_symptoms
-from sast_jax.training.loop import refuse_too_large
+from sast_jax.training.session import refuse_too_large
 from tests.conftest import write_small_nmnist
 
 HEALTHY = {
@@ -81,7 +81,7 @@ def test_perturbation_batch_that_equals_the_descent_batch_by_accident_is_told(
 ):
     if accident == "streams":  # As if both were drawn with the same seed.
         monkeypatch.setattr(
-            "sast_jax.training.loop.batch_indices", lambda *args, stream, **kwargs: batch_indices(*args, stream=0, **kwargs)
+            "sast_jax.training.session.batch_indices", lambda *args, stream, **kwargs: batch_indices(*args, stream=0, **kwargs)
         )
     else:  # Other files, the same frames.
         for file in small_nmnist.glob("Train/*/*.bin"):

@@ -15,7 +15,8 @@ PACKAGE = Path("sast_jax")
 
 LAYERS = [
     {"accumulation", "allocator", "errors"},
-    {"files"},
+    {"devices", "files"},
+    {"compilation"},
     {"spikes", "sam", "data.events"},
     {"neurons", "data.cache", "data.camera", "data.corruption", "data.decoders", "data.images"},
     {"pallas"},
@@ -39,7 +40,7 @@ LAYERS = [
     {"training.health", "training.interruption", "training.progress", "training.state"},
     {"training.build", "training.checkpoints"},
     {"training.run"},
-    {"training.theory"},
+    {"training.session", "training.theory", "training.together"},
     {"training.loop"},
     {"training"},
     {"evaluation.suites", "report", "report.markup"},

@@ -12,7 +12,16 @@ from tqdm import tqdm
 
 from sast_jax.data import gestures, recorded, simulated
 from sast_jax.data.augmentation import make_augment
-from sast_jax.data.batches import DESCENT, PERTURBATION, SAMPLE_AXES, Batch, batch_indices, evaluation_batches, take_batch
+from sast_jax.data.batches import (
+    BATCH_SPECS,
+    DESCENT,
+    PERTURBATION,
+    SAMPLE_AXES,
+    Batch,
+    batch_indices,
+    evaluation_batches,
+    take_batch,
+)
 from sast_jax.data.cache import Recordings, load_or_build
 from sast_jax.data.catalogue import CATALOGUE
 from sast_jax.data.corruption import CORRUPTIONS, corrupt
@@ -22,6 +31,7 @@ from sast_jax.data.loading import Prefetch, make_take
 from sast_jax.errors import UserError, refuse
 
 __all__ = [
+    "BATCH_SPECS",
     "CATALOGUE",
     "CORRUPTIONS",
     "DATASETS",

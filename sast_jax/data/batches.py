@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from sast_jax.data.cache import Recordings
+from sast_jax.devices import AXIS, SPREAD
 
 DESCENT = 0
 """Stream of the batches whose gradient the optimizer applies."""
@@ -31,6 +33,9 @@ class Batch(NamedTuple):
 
 SAMPLE_AXES = Batch(frames=1, labels=0, mask=0)  # type: ignore[arg-type]
 """Which axis of each array of a batch counts its samples."""
+
+BATCH_SPECS = Batch(frames=PartitionSpec(None, AXIS), labels=SPREAD, mask=SPREAD)  # type: ignore[arg-type]
+"""How a batch is spread over devices: by samples."""
 
 
 def batch_indices(
@@ -65,7 +70,7 @@ def batch_indices(
     return _shuffle(num_samples, seed, stream, epoch)[start : start + share]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=128)  # Of as many runs, or streams of runs, as are trained at once.
 def _shuffle(num_samples, seed, stream, epoch):
     return np.random.default_rng((seed, stream, epoch)).permutation(num_samples)
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sast_jax.errors import UserError
-from sast_jax.files import atomic_write
+from sast_jax.files import atomic_write, cache_dir
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -42,11 +41,6 @@ class Recordings(NamedTuple):
             digest.update(f"{array.shape}{array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
-
-
-def cache_dir() -> Path:
-    """Folder of the cache: the environment variable `SAST_JAX_CACHE`, else `~/.cache/sast_jax`."""
-    return Path(os.path.expanduser(os.environ.get("SAST_JAX_CACHE") or "~/.cache/sast_jax"))
 
 
 def load_or_build(description: dict[str, Any], build: Callable[[], Recordings]) -> Recordings:

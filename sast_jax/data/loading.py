@@ -1,5 +1,6 @@
 """From recordings in memory to batches on the device, before the train step asks for them."""
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -7,9 +8,11 @@ from typing import Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from sast_jax.data.batches import Batch, take_batch
+from sast_jax.data.batches import BATCH_SPECS, Batch, take_batch
 from sast_jax.data.cache import Recordings
+from sast_jax.devices import SPREAD, WHOLE, place
 
 RESIDENT_SHARE = 0.25
 """Share of the device's memory that recordings may take; the rest is for the network."""
@@ -18,21 +21,39 @@ RESIDENT_BYTES = 2**31
 """What they may take where the device does not tell its memory, as a CPU."""
 
 
-def make_take(recordings: Recordings, *, max_resident_bytes: int | None = None) -> Callable[[np.ndarray], Batch]:
-    """Returns the function from indices of samples to their batch, on the device.
+def make_take(
+    recordings: Recordings, *, mesh: Mesh | None = None, max_resident_bytes: int | None = None
+) -> Callable[[np.ndarray], Batch]:
+    """Returns the function from indices of samples to their batch, on the device or spread over several.
 
-    Recordings that fit are copied to the device once and gathered there; of others each batch is gathered by the host and
-    copied. The batches are equal.
+    Recordings that fit are copied to each device once and gathered there; of others each batch is gathered by the host, which
+    takes no more than its own devices need, and copied. The batches are equal.
 
     Args:
         recordings: Samples to take from.
+        mesh: Devices, whose number divides that of the indices; `None`: one.
         max_resident_bytes: What frames may take of the device's memory; not given: `RESIDENT_SHARE` of it.
     """
     limit = _resident_bytes() if max_resident_bytes is None else max_resident_bytes
     if recordings.frames.nbytes > limit:
-        return lambda indices: jax.device_put(take_batch(recordings, indices))
-    frames, labels = jax.device_put((recordings.frames, recordings.labels))
-    return lambda indices: _gather(frames, labels, indices)
+        return functools.partial(_take, recordings, mesh)
+    frames, labels = place((recordings.frames, recordings.labels), mesh, WHOLE)
+    if mesh is None:
+        return lambda indices: _gather(frames, labels, indices)
+    gather = jax.jit(jax.shard_map(_gather, mesh=mesh, in_specs=(WHOLE, WHOLE, SPREAD), out_specs=BATCH_SPECS))
+    return lambda indices: gather(frames, labels, place(indices, mesh, SPREAD))
+
+
+def _take(recordings, mesh, indices):
+    if mesh is None:
+        return jax.device_put(take_batch(recordings, indices))
+    first, *shape = recordings.frames.shape[1:]
+    frames = jax.make_array_from_callback(
+        (first, len(indices), *shape),
+        NamedSharding(mesh, BATCH_SPECS.frames),
+        lambda index: take_batch(recordings, indices[index[1]]).frames,
+    )
+    return Batch(frames, *place((recordings.labels[indices], np.ones(len(indices), bool)), mesh, SPREAD))
 
 
 @jax.jit
@@ -42,7 +63,7 @@ def _gather(frames, labels, indices):
 
 
 def _resident_bytes():
-    statistics = jax.devices()[0].memory_stats() or {}
+    statistics = jax.local_devices()[0].memory_stats() or {}
     return int(RESIDENT_SHARE * statistics["bytes_limit"]) if "bytes_limit" in statistics else RESIDENT_BYTES
 
 

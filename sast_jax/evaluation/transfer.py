@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from sast_jax.data import Batch, Recordings, evaluation_batches
+from sast_jax.data import BATCH_SPECS, SAMPLE_AXES, Batch, Recordings, evaluation_batches
+from sast_jax.devices import AXIS, WHOLE, place
 from sast_jax.evaluation.outputs import BATCH_SIZE, apply, map_recordings, predict_logits, score
 from sast_jax.networks import SpikingNetwork
 
 EvalStep = Callable[[Any, Batch], dict[str, jax.Array]]
 
 
-def make_eval_step(network: nn.Module) -> EvalStep:
+def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
     """Returns the jitted function `(params, batch) -> sums` over the samples of a batch.
 
     The sums are `num_samples` and, for the modes `surrogate` and `hard`, `<mode>_correct` and `<mode>_loss` (cross-entropy).
@@ -25,9 +27,9 @@ def make_eval_step(network: nn.Module) -> EvalStep:
 
     Args:
         network: A module applied as `network.apply({"params": params}, frames, mode)`.
+        mesh: Devices that share the samples and each have the weights; `None`: one device.
     """
 
-    @jax.jit
     def eval_step(params, batch):
         sums = {"num_samples": jnp.sum(batch.mask)}
         for mode in ("surrogate", "hard"):
@@ -35,9 +37,21 @@ def make_eval_step(network: nn.Module) -> EvalStep:
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             sums[f"{mode}_correct"] = jnp.sum(batch.mask & (logits.argmax(-1) == batch.labels))
             sums[f"{mode}_loss"] = jnp.sum(jnp.where(batch.mask, loss, 0.0))
-        return sums
+        return sums if mesh is None else jax.lax.psum(sums, AXIS)
 
-    return eval_step
+    if mesh is None:
+        return jax.jit(eval_step)
+    spread = jax.jit(jax.shard_map(eval_step, mesh=mesh, in_specs=(WHOLE, BATCH_SPECS), out_specs=WHOLE, check_vma=False))
+
+    def spread_step(params, batch):
+        missing = -len(batch.labels) % mesh.size
+
+        def pad(axis, leaf):
+            return np.pad(leaf, [(0, missing * (i == axis)) for i in range(leaf.ndim)])
+
+        return spread(params, place(jax.tree.map(pad, SAMPLE_AXES, batch), mesh, BATCH_SPECS))
+
+    return spread_step
 
 
 def evaluate_transfer(eval_step: EvalStep, params: Any, recordings: Recordings, batch_size: int) -> dict[str, float]:

@@ -16,13 +16,14 @@ from sast_jax.experiments.board import Board
 from sast_jax.experiments.statistics import paired_test, summarize
 from sast_jax.experiments.study import BASELINE, Method, Study
 from sast_jax.files import only_process, write_json
-from sast_jax.training import load_run, train_and_evaluate
+from sast_jax.training import load_run, train_many
 from sast_jax.training.build import costs_a_gradient, load_data
 from sast_jax.training.run import MAY_MOVE, RESULTS, RUN, RUNS, read_json
+from sast_jax.training.together import default_together
 
 STUDY, CALIBRATION = "study.json", "calibration.json"
 
-Train = Callable[..., dict[str, Any]]
+Train = Callable[..., list[Any]]
 
 _OF_THE_STUDY = ("seed", "test")
 
@@ -129,7 +130,9 @@ def _load_study(path):
     return study
 
 
-def run_study(path: Path, overrides: Sequence[str], workdir: Path, *, train: Train = train_and_evaluate) -> dict[str, Any]:
+def run_study(
+    path: Path, overrides: Sequence[str], workdir: Path, *, together: int | None = None, train: Train = train_many
+) -> dict[str, Any]:
     """Trains what is not trained yet, selects, tests and compares.
 
     For each method all points of its grid are trained with the selection seeds, without the test part; the point of the highest
@@ -139,7 +142,8 @@ def run_study(path: Path, overrides: Sequence[str], workdir: Path, *, train: Tra
         path: File of the study; see `load_plan`.
         overrides: `section.key=value`.
         workdir: Folder of the study; each run has a folder of its own in `selection/` or `tested/`.
-        train: What trains a run, as `train_and_evaluate`.
+        together: Number of runs that are trained as one program, at most; `None`: on a CPU one, else as many as fit in memory.
+        train: What trains runs, as `train_many`.
 
     Returns:
         What `results.json` of the folder holds.
@@ -154,7 +158,7 @@ def run_study(path: Path, overrides: Sequence[str], workdir: Path, *, train: Tra
         refuse(config_lib.find_problems(plan.configs[BASELINE]))
     with only_process(workdir):
         _register(workdir, plan)
-        sweep = _Sweep(plan, workdir, train)
+        sweep = _Sweep(plan, workdir, together or default_together(), train)
         selection = {name: sweep.select(name) for name in plan.configs}
         tested = sweep.test({name: rows[0]["values"] if rows else {} for name, rows in selection.items()})
         results = compare(path.stem, overrides, plan.study, selection, tested)
@@ -216,8 +220,8 @@ def _label(point):
 class _Sweep:
     """Runs of a plan in a folder."""
 
-    def __init__(self, plan, workdir, train):
-        self._plan, self._workdir, self._train = plan, workdir, train
+    def __init__(self, plan, workdir, together, train):
+        self._plan, self._workdir, self._together, self._train = plan, workdir, together, train
         study = plan.study
         planned = {
             name: (len(points) * len(study.selection_seeds) if len(points := plan.points(name)) > 1 else 0, len(study.seeds))
@@ -234,38 +238,46 @@ class _Sweep:
     def _cost(config):
         return config.num_epochs * (1 + costs_a_gradient(config))
 
-    def _run(self, name, folder, configs):
-        """Results of runs of one method that differ in the seed alone; `None` for one that diverged.
+    def _run(self, name, configs):
+        """Results of runs of one method, given by their folder; `None` for one that diverged."""
+        folders = list(configs)
+        was_finished = [(self._workdir / folder / RESULTS).exists() for folder in folders]
+        results, start = {}, time.monotonic()
 
-        Runs take turns here; a trainer of several seeds at once takes this function's place.
-        """
-        results = []
-        for config in configs:
-            run = f"{folder}-seed{config.seed}"
-            was_finished = (self._workdir / run / RESULTS).exists()
-            start = time.monotonic()
-            try:
-                result = self._train(config, self._workdir / run, title=run.partition("/")[2])
-            except Diverged:
-                if config.test:
-                    raise
-                result = None
+        def report(index, result):
+            nonlocal start
+            folder, config = folders[index], configs[folders[index]]
+            if isinstance(result, Diverged) and config.test:
+                raise result
+            results[folder] = result = None if isinstance(result, Diverged) else result
             accuracy = (result if config.test else result["validation"])["hard_accuracy"] if result else None
-            seconds = 0.0 if was_finished else time.monotonic() - start
-            self.board.done(name, run, accuracy, tested=config.test, cost=self._cost(config), seconds=seconds)
-            results.append(result)
-        return results
+            seconds = 0.0 if was_finished[index] else time.monotonic() - start
+            self.board.done(name, folder, accuracy, tested=config.test, cost=self._cost(config), seconds=seconds)
+            start = time.monotonic()
+
+        self._train(
+            list(configs.values()),
+            [self._workdir / folder for folder in folders],
+            titles=[folder.partition("/")[2] for folder in folders],
+            together=self._together,
+            report=report,
+        )
+        return [results[folder] for folder in folders]
 
     def select(self, name):
         """Rows of the points of a method's grid, the selected one first; none if there is nothing to select."""
         points = self._plan.points(name)
         if len(points) == 1:
             return [{"values": points[0]}] if points[0] else []
-        rows = []
+        seeds, configs = self._plan.study.selection_seeds, {}
         for point in points:
             words = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in point.items())
-            configs = [self._plan.config(name, point, seed=seed, test=False) for seed in self._plan.study.selection_seeds]
-            runs = self._run(name, f"selection/{name}-{words}", configs)
+            for seed in seeds:
+                configs[f"selection/{name}-{words}-seed{seed}"] = self._plan.config(name, point, seed=seed, test=False)
+        results = self._run(name, configs)
+        rows = []
+        for number, point in enumerate(points):
+            runs = results[number * len(seeds) : (number + 1) * len(seeds)]
             row = {"values": point}
             for mode in ("hard", "surrogate"):
                 values = [100 * run["validation"][f"{mode}_accuracy"] if run else None for run in runs]
@@ -281,13 +293,16 @@ class _Sweep:
     def test(self, selected):
         """Results by method and seed; methods take turns, so that a ratio of times compares neighbours."""
         results = {name: [] for name in self._plan.study.methods}
-        for seed in self._plan.study.seeds:
+        all_seeds = self._plan.study.seeds
+        size = self._together or len(all_seeds)
+        for seeds in (all_seeds[first : first + size] for first in range(0, len(all_seeds), size)):
             for name, point in selected.items():
-                results[name] += self._run(name, f"tested/{name}", [self._plan.config(name, point, seed=seed)])
+                configs = {f"tested/{name}-seed{seed}": self._plan.config(name, point, seed=seed) for seed in seeds}
+                results[name] += self._run(name, configs)
             for name, method in self._plan.study.methods.items():
-                if method.calibrates:
-                    parent = results[method.calibrates][-1]
-                    results[name].append(self._calibrate(self._workdir / f"tested/{method.calibrates}-seed{seed}", parent))
+                for seed, parent in zip(seeds, results.get(method.calibrates, [])[-len(seeds) :], strict=False):
+                    folder = self._workdir / f"tested/{method.calibrates}-seed{seed}"
+                    results[name].append(self._calibrate(folder, parent))
         return results
 
     @staticmethod

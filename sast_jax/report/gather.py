@@ -11,8 +11,8 @@ from sast_jax.errors import UserError
 from sast_jax.evaluation.outputs import predict_logits, trace
 from sast_jax.evaluation.robustness import MODES
 from sast_jax.evaluation.suites import EVALUATION
-from sast_jax.training.loop import read_metrics
 from sast_jax.training.run import RESULTS, RUN, load_run, load_run_and_data, read_json, run_members
+from sast_jax.training.session import read_metrics
 
 THEORY = "theory.json"
 

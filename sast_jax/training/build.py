@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jax.sharding import Mesh
 
 from sast_jax import data, networks
 from sast_jax.data.checks import check_parts
@@ -18,7 +19,7 @@ from sast_jax.sam import perturb_weights, sam
 from sast_jax.spikes import Mode, mixed_spike_fn
 from sast_jax.theory.certified import cap_currents, keep_projected
 from sast_jax.theory.neuron import max_current
-from sast_jax.training.state import SpikeSchedule, TrainState
+from sast_jax.training.state import SpikeSchedule, TrainState, TrainStep, make_train_step
 
 Projection = Callable[[Any], Any]
 
@@ -86,7 +87,7 @@ def make_optimizer(
     }[optimizer.name]()
     if config.certified.margin and project is not None:
         base = optax.chain(base, keep_projected(project))
-    if config.sam.rho and config.sam.perturbation == "stale":
+    if has_radius(config) and config.sam.perturbation == "stale":
         return optax.with_extra_args_support(optax.chain(optax.trace(decay=0.0), base))  # Keeps the gradient for the next step.
     if not costs_a_gradient(config):
         return optax.with_extra_args_support(base)
@@ -96,17 +97,38 @@ def make_optimizer(
     return optax.chain(sam(config.sam.rho, adaptive=adaptive, active=active), base)
 
 
+def build_train_step(
+    config: ml_collections.ConfigDict, network: networks.SpikingNetwork, num_steps: int, mesh: Mesh | None = None
+) -> TrainStep:
+    """Returns the train step of a config, for a run of `num_steps` steps."""
+    return make_train_step(
+        network,
+        make_optimizer(config, num_steps, make_projection(config, network)),
+        make_spikes(config, num_steps, network.num_spiking),
+        num_microbatches=config.num_microbatches,
+        augment=make_augment(config),
+        perturb=make_perturbation(config, num_steps),
+        mesh=mesh,
+        ascent=config.sam.ascent,
+    )
+
+
 def sam_schedule(config: ml_collections.ConfigDict, num_steps: int) -> Callable[[Any], Any]:
     """Returns the function from a step, counted from 0, to whether it perturbs; of an int or an array."""
     first = math.ceil(config.sam.start * num_steps)
-    if not config.sam.rho:
+    if not has_radius(config):
         return lambda step: False
     return lambda step: (step >= first) & (step % config.sam.every_steps == 0)
 
 
+def has_radius(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether the radius is above 0; a traced one, of one of many runs, always is."""
+    return isinstance(config.sam.rho, jax.core.Tracer) or config.sam.rho > 0
+
+
 def costs_a_gradient(config: ml_collections.ConfigDict) -> bool:
     """Returns whether a perturbed step takes a gradient of its own for the direction, as SAM does."""
-    return bool(config.sam.rho) and config.sam.perturbation in ("independent", "same")
+    return has_radius(config) and config.sam.perturbation in ("independent", "same")
 
 
 def make_perturbation(config: ml_collections.ConfigDict, num_steps: int) -> Callable[[TrainState], Any] | None:
@@ -114,7 +136,7 @@ def make_perturbation(config: ml_collections.ConfigDict, num_steps: int) -> Call
 
     The direction is normal noise, or the gradient of the step before (zero, so no perturbation, at the first step).
     """
-    if not config.sam.rho or costs_a_gradient(config):
+    if not has_radius(config) or costs_a_gradient(config):
         return None
     adaptive = None if config.sam.adaptive == "none" else config.sam.adaptive
     perturbs, key = sam_schedule(config, num_steps), jax.random.fold_in(jax.random.key(config.seed), _NOISE)

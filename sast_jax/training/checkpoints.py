@@ -64,6 +64,14 @@ class Checkpoints:
             ) from error
 
 
+def latest_step(workdir: Path) -> int | None:
+    """Returns the step of the last checkpoint; `None` if there is none."""
+    folder = workdir / CHECKPOINTS
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    steps = [int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name))]
+    return max(steps, default=None)
+
+
 def restore(workdir: Path, target: TrainState) -> tuple[TrainState, float] | None:
     """Returns the last saved state, on this machine's first device, and its seconds of training; `None` if there is none.
 
@@ -77,13 +85,11 @@ def restore(workdir: Path, target: TrainState) -> tuple[TrainState, float] | Non
     Raises:
         UserError: If the checkpoint is damaged, is of another network or optimizer, or holds weights that are not finite.
     """
-    folder = (workdir / CHECKPOINTS).absolute()
-    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    steps = [int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name))]
-    if not steps:
+    step = latest_step(workdir)
+    if step is None:
         return None
-    path = folder / str(max(steps))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    path = (workdir / CHECKPOINTS).absolute() / str(step)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target.__dict__)
     handler = ocp.StandardCheckpointHandler()
     saved = _read(path, lambda: handler.metadata(path / "state").tree)
@@ -95,7 +101,7 @@ def restore(workdir: Path, target: TrainState) -> tuple[TrainState, float] | Non
     seconds = _read(path, lambda: float(meta["seconds"]))
     refuse(
         [f"{name} holds numbers that are not finite" for name, leaf in _leaves(state.params).items() if not _is_finite(leaf)]
-        + [f"its step is {state.step}"] * (int(state.step) != max(steps))
+        + [f"its step is {state.step}"] * (int(state.step) != step)
         + [f"its seconds of training are {seconds}"] * (not 0 <= seconds < math.inf)
         + ["its checksum is another"] * (meta.get("checksum", _checksum(state)) != _checksum(state)),  # The first had none.
         f"--workdir: the checkpoint {str(path)!r} was changed after it was written; {_REMOVE}:",

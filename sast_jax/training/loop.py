@@ -1,11 +1,11 @@
-"""From a config to a trained network and its results."""
+"""From configs to trained networks and their results."""
 
 import contextlib
-import dataclasses
-import json
-import os
+import io
+import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,28 @@ import ml_collections
 import numpy as np
 
 from sast_jax import config as config_lib
-from sast_jax.data import DESCENT, PERTURBATION, Prefetch, batch_indices, make_take, take_batch
-from sast_jax.data.checks import content_ids
-from sast_jax.errors import Diverged, Interrupted, UserError, refuse, warn
-from sast_jax.evaluation.outputs import BATCH_SIZE
-from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
-from sast_jax.files import atomic_write, only_process, write_json
-from sast_jax.training.build import (
-    costs_a_gradient,
-    load_data,
-    make_augment,
-    make_network,
-    make_optimizer,
-    make_perturbation,
-    make_projection,
-    make_spikes,
-    sam_schedule,
-)
-from sast_jax.training.checkpoints import Checkpoints, restore
-from sast_jax.training.health import find_symptoms
+from sast_jax.data import Prefetch, make_take, take_batch
+from sast_jax.devices import WHOLE, Mesh, is_first_host, make_mesh, on_any_host, place
+from sast_jax.errors import Diverged, Interrupted, UserError, refuse
+from sast_jax.evaluation.transfer import make_eval_step
+from sast_jax.files import only_process, write_json
+from sast_jax.training.build import build_train_step
+from sast_jax.training.checkpoints import latest_step
 from sast_jax.training.interruption import StopRequest
 from sast_jax.training.progress import Progress
-from sast_jax.training.run import (
-    METRICS,
-    RESULTS,
-    RUN,
-    RUNS,
-    check_workdir,
-    environment,
-    load_warm_start,
-    read_json,
-    register,
-    run_members,
+from sast_jax.training.run import RESULTS, RUN, RUNS, check_workdir, read_json, run_members
+from sast_jax.training.session import Result, Session, Task
+from sast_jax.training.together import (
+    build_train_step_together,
+    default_together,
+    num_fitting,
+    program,
+    spread_runs,
+    stack,
+    unstack,
 )
-from sast_jax.training.state import TrainState, init_state, make_train_step
+
+_LOGGER = logging.getLogger(__name__)
 
 _FETCH_EVERY_STEPS = 50  # How long a non-finite metric can go unseen; fetching every step would make the device wait.
 
@@ -65,20 +53,88 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
 
     Returns:
         The content of `results.json`: accuracies and gap as fractions of the test samples, gradient evaluations (of one
-        batch each), wall time of training in seconds, what both were before a warm start, and the config. Without the test
-        part `num_test` is 0 and there are accuracies under `validation` alone.
+        batch each), wall time of training in seconds, what both were before a warm start, the seconds until the first step of
+        the last session, how many devices and runs shared it, and the config. Without the test part `num_test` is 0 and there
+        are accuracies under `validation` alone.
 
     Raises:
         UserError: If the config or the data are wrong, the folder belongs to another config or is in use by another process,
             a metric is not finite, or a file cannot be written.
         Interrupted: On SIGINT or SIGTERM, after a checkpoint is written; the same call goes on from it.
     """
-    workdir = Path(workdir)
-    results = _find_results(config, workdir)
-    if results is not None:
-        return results
-    with only_process(workdir):
-        return _train_and_evaluate(config, workdir, title)
+    return _train_strictly({title: config}, [Path(workdir)])[0]
+
+
+def _train_strictly(configs, workdirs):
+    """As `train_many`, one after the other, up to the first that diverges."""
+
+    def refuse_diverged(index, result):
+        if isinstance(result, Diverged):
+            raise result
+
+    return train_many(list(configs.values()), workdirs, titles=list(configs), together=1, report=refuse_diverged)
+
+
+def train_many(
+    configs: Sequence[ml_collections.ConfigDict],
+    workdirs: Sequence[Path],
+    *,
+    titles: Sequence[str],
+    together: int | None = None,
+    report: Callable[[int, Result], None] = lambda index, result: None,
+) -> list[Result]:
+    """Trains runs as `train_and_evaluate` does, several at once where one program can.
+
+    It can if they differ in `seed`, `sam.rho`, `optimizer.learning_rate` and `optimizer.weight_decay` alone. Each folder
+    receives the files that it would if its run were trained alone, with equal numbers up to rounding, but a run's seconds are
+    its share of those of all. A run that diverges leaves the others as they are.
+
+    Args:
+        configs: Configs, as of `train_and_evaluate`.
+        workdirs: Folder of each run.
+        titles: Names in the progress display.
+        together: Number of runs that are trained at once, at most; `None`: on a CPU one, else as many as fit in memory.
+        report: Called with index and result of each run when it is done.
+
+    Returns:
+        The results, in the order of the configs.
+
+    Raises:
+        UserError: As `train_and_evaluate`, but for a metric that is not finite.
+        Interrupted: As `train_and_evaluate`, after the checkpoints of all runs that were being trained.
+    """
+    results: dict[int, Result] = {}
+
+    def done(index, result):
+        results[index] = result
+        report(index, result)
+
+    def find(indices):
+        for index in indices:
+            if (found := _find_results(configs[index], workdirs[index])) is not None:
+                done(index, found)
+        return [index for index in indices if index not in results]
+
+    with contextlib.ExitStack() as locks:
+        left = find(range(len(configs)))
+        for index in left:
+            locks.enter_context(_only_training(workdirs[index]))
+        left = find(left)  # Another process may have had a folder until now.
+        programs: dict[str, list[int]] = {}
+        for index in left:
+            programs.setdefault(program(configs[index]), []).append(index)
+        for indices in programs.values():
+            task = Task(configs[indices[0]])
+            for group in _groups(task, configs, workdirs, indices, together):
+                sessions = [Session(task, configs[index], workdirs[index], titles[index]) for index in group]
+                for index, result in zip(group, _train(task, sessions), strict=True):
+                    done(index, result)
+    return [results[index] for index in range(len(configs))]
+
+
+def _only_training(folder):
+    """Keeps a folder for this training; of several processes that share it, the first holds the lock."""
+    return only_process(folder) if is_first_host() else contextlib.nullcontext()
 
 
 def _find_results(config, workdir):
@@ -91,145 +147,133 @@ def _find_results(config, workdir):
     return results
 
 
-def _train_and_evaluate(config, workdir, title):
-    results = _find_results(config, workdir)  # Another process may have had the folder until now.
-    if results is not None:
-        return results
-    splits = load_data(config)
-    data = splits.describe()
-    num_train = data["num_train"]
-    steps_per_epoch = num_train // config.batch_size
-    num_steps = config.num_epochs * steps_per_epoch
-    if num_steps > config_lib.MAX_INTEGER:
-        raise UserError(
-            f"num_epochs: {config.num_epochs} of them are {num_steps} steps; at most {config_lib.MAX_INTEGER} are counted"
-        )
+def _groups(
+    task: Task,
+    configs: Sequence[ml_collections.ConfigDict],
+    workdirs: Sequence[Path],
+    indices: list[int],
+    together: int | None,
+) -> Iterator[list[int]]:
+    """Yields the runs that are trained at once: as many as asked for, or as fit in memory, all at the same step."""
+    steps = {index: latest_step(workdirs[index]) or 0 for index in indices}
+    for step in sorted(set(steps.values())):
+        left = [index for index in indices if steps[index] == step]
+        number = together or default_together()
+        if number is None:
+            batch = jax.eval_shape(lambda: take_batch(task.splits.train, np.zeros(task.config.batch_size, int)))
+            number = num_fitting([configs[index] for index in left], task.network, task.num_steps, task.target, batch)
+        yield from (left[first : first + number] for first in range(0, len(left), number))
 
-    network = make_network(config, splits.num_classes)
-    project = make_projection(config, network)
-    tx = make_optimizer(config, num_steps, project)
-    frames = take_batch(splits.train, np.arange(1)).frames
-    target = jax.eval_shape(lambda: init_state(network, tx, frames, seed=config.seed))
-    refuse_too_large(target)
-    params, warm_start_cost = load_warm_start(config.warm_start, target.params, data)
-    register(workdir, config, data)
-    train_step = make_train_step(
-        network,
-        tx,
-        make_spikes(config, num_steps, network.num_spiking),
-        num_microbatches=config.num_microbatches,
-        augment=make_augment(config),
-        perturb=make_perturbation(config, num_steps),
-    )
-    eval_step = make_eval_step(network)
-    perturbs = sam_schedule(config, num_steps)
-    is_independent = config.sam.perturbation == "independent"
-    perturbation_batch_size = config.sam.perturbation_batch_size or config.batch_size
 
-    restored = restore(workdir, target)
-    if restored is None:
-        state, seconds_before = init_state(network, tx, frames, seed=config.seed, params=params), 0.0
-        state = dataclasses.replace(state, params=project(state.params))
+def _mesh_of_samples(task: Task) -> Mesh | None:
+    """Devices that share the batches of a single run."""
+    config = task.config
+    if config.spikes.hard_share and len(jax.devices()) > 1:
+        message = "spikes.hard_share: each sample draws its spikes where it is, so that one device must have all of them"
+        refuse([f"{message}; use one process"] * (jax.process_count() > 1))
+        _LOGGER.warning("one of %d devices is used; %s", len(jax.devices()), message)
+        return None
+    return make_mesh(math.gcd(config.batch_size, task.perturbation_batch_size) // config.num_microbatches)
+
+
+def _train(task: Task, sessions: list[Session]) -> list[Result]:
+    """Trains runs that are at the same step to the end, and returns the result of each."""
+    config, num_steps, number = task.config, task.num_steps, len(sessions)
+    if number == 1:
+        mesh = _mesh_of_samples(task)
+        train_step = build_train_step(config, task.network, num_steps, mesh)
+        eval_step = make_eval_step(task.network, mesh)
     else:
-        state, seconds_before = restored
-    first_step = int(state.step)
-    if first_step > num_steps:
-        raise UserError(f"--workdir: {str(workdir)!r} has a checkpoint of step {first_step}, but the run ends at {num_steps}")
-    checkpoints = Checkpoints(workdir)
-    _forget_metrics_after(workdir, first_step)
-    start = time.monotonic()
-
-    def seconds():
-        return seconds_before + time.monotonic() - start
-
-    take, contents = make_take(splits.train), content_ids(splits.train)
+        mesh = make_mesh(number)
+        train_step = build_train_step_together([session.config for session in sessions], task.network, num_steps, mesh)
+        eval_step = make_eval_step(task.network)
+    take = make_take(task.splits.train, mesh=mesh)
 
     def draw(step):
-        def indices(stream, size):
-            return batch_indices(num_train, size, seed=config.seed, stream=stream, step=step)
+        descent, perturbation, is_same = zip(*(task.draw(session.config.seed, step) for session in sessions), strict=True)
+        is_perturbed = perturbation[0] is not None
+        return take(np.concatenate(descent)), take(np.concatenate(perturbation)) if is_perturbed else None, is_same
 
-        descent = indices(DESCENT, config.batch_size)
-        if not (is_independent and perturbs(step)):
-            return take(descent), None, False
-        perturbation = indices(PERTURBATION, perturbation_batch_size)
-        is_same = np.array_equal(np.sort(contents[descent]), np.sort(contents[perturbation]))
-        return take(descent), take(perturbation), is_same
+    first_step, start = sessions[0].first_step, time.monotonic()
 
-    num_perturbed = num_same = 0  # Steps of the epoch with a perturbation batch of its own, and of those with equal frames.
-    shown: set[str] = set()
+    def seconds():
+        return (time.monotonic() - start) / number
 
-    progress = Progress(title, step=first_step, num_steps=num_steps)
+    title = sessions[0].title + (f" and {number - 1} more" if number > 1 else "")
+    progress = Progress(title, step=first_step, num_steps=num_steps, stream=None if is_first_host() else io.StringIO())
     pending: list[dict[str, jax.Array]] = []
-    fetched: list[dict[str, float]] = []
-    epoch_start, data_seconds = time.monotonic(), 0.0
-    try:
-        with StopRequest() as stop, Prefetch(draw, num_steps=num_steps) as batches:
-            for step in range(first_step + 1, num_steps + 1):
-                asked = time.monotonic()
-                descent_batch, perturbation_batch, is_same = batches(step - 1)
-                data_seconds += time.monotonic() - asked
-                num_perturbed += perturbation_batch is not None
-                num_same += is_same
-                state, metrics = train_step(state, descent_batch, perturbation_batch)
-                pending.append(metrics)
-                progress.advance()
-                epoch, position = divmod(step, steps_per_epoch)
-                if len(pending) == _FETCH_EVERY_STEPS or position == 0 or stop.requested:
-                    fetched += jax.device_get(pending)
-                    refuse_non_finite(fetched[-len(pending) :], step - len(pending) + 1, workdir)
-                    pending.clear()
-                if position == 0:
-                    line = {"step": step, "epoch": epoch, "num_steps": len(fetched)}
-                    line |= {key: float(np.mean([each[key] for each in fetched])) for key in fetched[0]}
-                    line |= {"seconds": time.monotonic() - epoch_start, "data_seconds": data_seconds}
-                    if len(splits.validation.labels) and (epoch % config.evaluate_every_epochs == 0 or step == num_steps):
-                        validation = evaluate_transfer(eval_step, state.params, splits.validation, BATCH_SIZE)
-                        refuse_non_finite([validation], step, workdir)
-                        line |= {f"validation_{key}": value for key, value in validation.items()}
-                    with (workdir / METRICS).open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    progress.report(epoch, step, line)
-                    symptoms = find_symptoms(line)
-                    if num_same > num_perturbed / 2:
-                        symptoms["same batch"] = (
-                            f"the perturbation batch had the frames of the descent batch in {num_same} of {num_perturbed} steps, "
-                            "so this is ordinary SAM. Lower batch_size, or say so: sam.perturbation=same"
-                        )
-                    for name in symptoms.keys() - shown:
-                        warn(f"epoch {epoch} of {str(workdir)!r}: {symptoms[name]}")
-                    shown |= symptoms.keys()
-                    num_perturbed = num_same = 0
-                    fetched.clear()
-                    epoch_start, data_seconds = time.monotonic(), 0.0
-                if stop.requested or step == num_steps or (position == 0 and epoch % config.checkpoint_every_epochs == 0):
-                    checkpoints.save(state, seconds=seconds())
-                if stop.requested and step < num_steps:
-                    raise Interrupted(f"stopped at step {step} of {num_steps}; the same command goes on from there")
-    finally:
-        progress.close()
-        checkpoints.close()
-
-    def evaluate(part):
-        transfer = evaluate_transfer(eval_step, state.params, part, BATCH_SIZE)
-        refuse_non_finite([transfer], num_steps, workdir)
-        return transfer
-
-    epoch_seconds = [line["seconds"] for line in read_metrics(workdir) if line["num_steps"] == steps_per_epoch]
-    num_perturbations = sum(map(bool, map(perturbs, range(num_steps)))) if costs_a_gradient(config) else 0
-    results = {
-        **(evaluate(splits.test) if config.test else {}),
-        **{key: data[key] for key in ("num_train", "num_validation")},
-        "num_test": data["num_test"] if config.test else 0,
-        "validation": evaluate(splits.validation) if len(splits.validation.labels) else None,
-        "num_gradient_evaluations": num_steps + num_perturbations * perturbation_batch_size / config.batch_size,
-        "wall_time_seconds": seconds(),
-        "warm_start_cost": warm_start_cost,
-        "median_epoch_seconds": float(np.median(epoch_seconds)) if epoch_seconds else None,
-        "environment": environment(),
-        "config": config_lib.to_json(config),
+    first_step_seconds = None
+    with contextlib.ExitStack() as ending:
+        ending.callback(progress.close)
+        states = []
+        for session in sessions:
+            states.append(session.start())
+            ending.callback(session.close)
+        state = place(states[0], mesh, WHOLE) if number == 1 else spread_runs(stack(states), mesh)
+        stop = ending.enter_context(StopRequest())
+        batches = ending.enter_context(Prefetch(draw, num_steps=num_steps))
+        epoch_start, data_seconds = time.monotonic(), 0.0
+        for step in range(first_step + 1, num_steps + 1):
+            asked = time.monotonic()
+            descent_batch, perturbation_batch, is_same = batches(step - 1)
+            data_seconds += time.monotonic() - asked
+            state, metrics = train_step(state, descent_batch, perturbation_batch)
+            if first_step_seconds is None:
+                jax.block_until_ready(metrics)
+                first_step_seconds = time.monotonic() - task.begin
+                progress.note(f"first step after {first_step_seconds:.1f} s")
+            for session, same in zip(sessions, is_same, strict=True):
+                session.note_batches(perturbation_batch is not None, same)
+            pending.append(metrics)
+            progress.advance()
+            epoch, position = divmod(step, task.steps_per_epoch)
+            # Several processes agree on stopping when they fetch; a single one stops at once.
+            is_asked = stop.requested and jax.process_count() == 1
+            if len(pending) < _FETCH_EVERY_STEPS and position > 0 and not is_asked:
+                continue
+            is_stopped = on_any_host(stop.requested)
+            fetched = jax.device_get(pending)
+            for index, session in enumerate(sessions):
+                own = fetched if number == 1 else [{key: value[index] for key, value in each.items()} for each in fetched]
+                session.note_metrics(own, step - len(pending) + 1)
+            pending.clear()
+            if all(session.diverged for session in sessions):
+                break
+            is_saved = is_stopped or step == num_steps or (position == 0 and epoch % config.checkpoint_every_epochs == 0)
+            is_evaluated = position == 0 and (epoch % config.evaluate_every_epochs == 0 or step == num_steps)
+            states = _apart(state, number) if is_saved or is_evaluated else [state] * number
+            if position == 0:
+                times = {"seconds": (time.monotonic() - epoch_start) / number, "data_seconds": data_seconds / number}
+                lines = [
+                    session.finish_epoch(epoch, step, times, eval_step if is_evaluated else None, own.params)
+                    for session, own in zip(sessions, states, strict=True)
+                ]
+                if not any(lines):  # Evaluation found the last of them diverged.
+                    break
+                progress.report(epoch, step, _mean([line for line in lines if line]))
+                epoch_start, data_seconds = time.monotonic(), 0.0
+            if is_saved:
+                for session, own in zip(sessions, states, strict=True):
+                    session.save(own, seconds())
+            if is_stopped and step < num_steps:
+                raise Interrupted(f"stopped at step {step} of {num_steps}; the same command goes on from there")
+    others = {
+        "first_step_seconds": first_step_seconds,
+        "num_devices": mesh.size if mesh else 1,
+        "num_runs_together": number,
     }
-    write_json(workdir / RESULTS, results)
-    return results
+    return [
+        session.finish(eval_step, own.params, seconds, others)
+        for session, own in zip(sessions, _apart(state, number), strict=True)
+    ]
+
+
+def _apart(state, number):
+    return [state] if number == 1 else unstack(state, number)
+
+
+def _mean(lines):
+    return {key: float(np.mean([line[key] for line in lines])) for key in lines[0]}
 
 
 def train_variants(configs: dict[str, ml_collections.ConfigDict], workdir: str | Path) -> dict[str, Any]:
@@ -256,61 +300,10 @@ def train_variants(configs: dict[str, ml_collections.ConfigDict], workdir: str |
         raise UserError(f"--workdir: {str(workdir)!r} has a {RESULTS} of something else; choose another folder")
     runs = {name: _find_results(config, workdir / name) for name, config in configs.items()}
     if None in runs.values() or not (workdir / RESULTS).exists():
-        with contextlib.ExitStack() as stack:
-            for folder in (workdir, *(workdir / name for name in configs)):
-                stack.enter_context(only_process(folder))
-            write_json(workdir / RUNS, list(configs))
-            runs = {name: _train_and_evaluate(config, workdir / name, name) for name, config in configs.items()}
-            write_json(workdir / RESULTS, {**list(runs.values())[-1], "runs": runs})
+        with _only_training(workdir):
+            if is_first_host():
+                write_json(workdir / RUNS, list(configs))
+            runs = dict(zip(configs, _train_strictly(configs, [workdir / name for name in configs]), strict=True))
+            if is_first_host():
+                write_json(workdir / RESULTS, {**list(runs.values())[-1], "runs": runs})
     return {**list(runs.values())[-1], "runs": runs}
-
-
-def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`; a last line that a crash cut off is left out.
-
-    Raises:
-        UserError: If another line is damaged.
-    """
-    path = Path(workdir) / METRICS
-    texts = path.read_bytes().splitlines() if path.is_file() else []
-    lines = []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-            if type(line["step"]) is not int:
-                raise ValueError("step is no integer")
-            lines.append(line)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if number < len(texts):
-                raise UserError(f"{path}: line {number} is damaged ({error}); remove that line") from error
-    return lines
-
-
-def _forget_metrics_after(workdir, step):
-    lines = [line for line in read_metrics(workdir) if line["step"] <= step]
-    with atomic_write(workdir / METRICS) as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def refuse_non_finite(metrics: Sequence[dict[str, float]], first_step: int, workdir: Path) -> None:
-    """Raises a `Diverged` naming quantity and step if a metric of successive steps from `first_step` on is not finite."""
-    for step, values in enumerate(metrics, first_step):
-        for name, value in values.items():
-            if not np.isfinite(value):
-                raise Diverged(
-                    f"{name} is {value} at step {step}; training stopped. Checkpoints before it are kept in {str(workdir)!r}. "
-                    "Lower optimizer.learning_rate or sam.rho, in a new --workdir"
-                )
-
-
-def refuse_too_large(state: TrainState) -> None:
-    """Raises a `UserError` if weights and optimizer state alone, given as shapes, exceed the memory of this machine."""
-    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
-        return
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise UserError(
-            f"network.features: weights and optimizer state need {needed / 2**30:.1f} GiB; this machine has "
-            f"{memory / 2**30:.1f}. Take smaller ones"
-        )

@@ -37,6 +37,14 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
+    def note(self, text: str) -> None:
+        """Shows a line."""
+        line = f"{self._title}: {text}"
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
     def report(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Shows the metrics of a finished epoch."""
         shown = {

@@ -1,0 +1,107 @@
+"""The devices of all hosts as one axis, along which the samples of a batch, or many runs, are spread."""
+
+import logging
+import os
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sast_jax.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
+
+AXIS = "devices"
+"""Name of the axis, as collectives within `jax.shard_map` call it."""
+
+WHOLE, SPREAD = PartitionSpec(), PartitionSpec(AXIS)
+"""An array that every device has; one whose first axis is cut into equal parts, a device each."""
+
+
+def make_mesh(num_parts: int) -> Mesh | None:
+    """Returns as many devices as can have equally many of `num_parts` parts; `None` if that is one.
+
+    Raises:
+        UserError: If there are several processes, whose devices must all take part, and cannot.
+    """
+    devices = jax.devices()
+    number = max(size for size in range(1, len(devices) + 1) if num_parts % size == 0)
+    if number < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"batch_size: the {len(devices)} devices of {jax.process_count()} processes must have equal parts of each batch (and "
+            f"microbatch), so their number must divide {num_parts}; change batch_size or sam.perturbation_batch_size"
+        )
+    if number < len(devices):
+        _LOGGER.warning("%d of %d devices are used: no larger number of them divides %d", number, len(devices), num_parts)
+    return Mesh(np.array(devices[:number]), (AXIS,)) if number > 1 else None
+
+
+def memory_bytes() -> int | None:
+    """Returns the memory of the first device, or of the machine if that is its CPU; `None` if it cannot be told."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"])
+    if jax.default_backend() == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def place(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
+    """Puts arrays on devices; of what is cut, only its own parts go to a host's.
+
+    Args:
+        tree: Arrays, equal on all hosts.
+        mesh: Devices; `None`: the default one.
+        specs: A `PartitionSpec` for each array, or a tree prefix of them.
+    """
+    if mesh is None:
+        return jax.device_put(tree)
+
+    def put(spec, part):
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda leaf: _put(np.asarray(leaf), sharding), part)
+
+    return jax.tree.map(put, specs, tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def _put(array, sharding):
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def connect_hosts(address: str) -> None:
+    """Joins this process with the others of a training that several hosts share; before anything else asks for devices.
+
+    Args:
+        address: `auto`, where the cluster's manager (as Slurm) tells all that is needed; else `HOST:PORT,INDEX,NUMBER`: where
+            process 0 listens, which one this is, and how many there are.
+
+    Raises:
+        UserError: If the address cannot be read, or the others are not found.
+    """
+    found = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", address)
+    if address != "auto" and not (found and int(found[2]) < int(found[3])):
+        raise UserError(
+            "--hosts: must be auto or HOST:PORT,INDEX,NUMBER, as 10.0.0.1:1234,0,2 for the first of two processes; got "
+            f"{address!r}"
+        )
+    try:
+        if found is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(found[1], num_processes=int(found[3]), process_id=int(found[2]))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:300]
+        raise UserError(f"--hosts: the other processes were not found ({reason}); start all of them, with one address") from error
+
+
+def is_first_host() -> bool:
+    """Returns whether this process is the one that writes files and shows progress."""
+    return jax.process_index() == 0
+
+
+def on_any_host(flag: bool) -> bool:
+    """Returns whether the flag is set in any process; all must ask."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())

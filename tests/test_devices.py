@@ -1,0 +1,209 @@
+"""Training on several devices and by several processes equals training on one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from sast_jax import load_run
+from sast_jax.cli import main
+from sast_jax.devices import connect_hosts, make_mesh
+from sast_jax.errors import UserError
+from sast_jax.training import read_metrics, train_and_evaluate
+from tests.conftest import TINY
+
+STEPS = """
+import jax, numpy as np, optax
+from sast_jax import SpikingConvNet, SpikingMLP, sam
+from sast_jax.data import BATCH_SPECS, Recordings, make_augment, make_take
+from sast_jax.devices import WHOLE, make_mesh, place
+from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
+from sast_jax.training import init_state, make_train_step
+from tests.test_training import draw
+
+mesh = make_mesh(8)
+assert mesh.size == 4
+assert make_mesh(6).size == 3 and make_mesh(5) is None
+batches = draw(0, 8), draw(1, 8)
+
+
+def train(network, tx, mesh, ascent="global", num_steps=3, augment=None, num_microbatches=1):
+    state = place(init_state(network, tx, batches[0].frames[:, :1], seed=0), mesh, WHOLE)
+    step = make_train_step(
+        network, tx, "surrogate", augment=augment, num_microbatches=num_microbatches, mesh=mesh, ascent=ascent
+    )
+    for _ in range(num_steps):
+        state, metrics = step(state, *(place(batch, mesh, BATCH_SPECS) for batch in batches))
+    return state, metrics
+
+
+def assert_close(a, b, tolerance=2e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tolerance, rtol=1e-5), a, b)
+
+
+# Augmentation draws what it would on one device, and gradients are accumulated within each device's part.
+augment = make_augment(max_shift=1, drop=0.2, binary=True, seed=0)
+network, tx = SpikingMLP(3, features=(6,)), optax.chain(sam(0.3, active=lambda count: count % 2 == 0), optax.adam(0.01))
+one = train(network, tx, None, augment=augment)
+four = train(network, tx, mesh, augment=augment, num_microbatches=2)
+assert_close(one, four)
+assert len(four[0].params["readout"]["kernel"].sharding.device_set) == 4
+network, tx = SpikingConvNet(3, features=(2,), kernel_size=3), optax.chain(sam(0.3), optax.sgd(0.5))
+one = train(network, tx, None, num_steps=1)
+assert_close(one, train(network, tx, mesh, num_steps=1))
+
+# m-sharpness: each part of two samples climbs its own gradient; the mean of the gradients there is descended.
+network = SpikingMLP(3, features=(6,))
+apart, _ = train(network, tx, mesh, "per_device", num_steps=1)
+together, _ = train(network, tx, None, num_steps=1)
+params = init_state(network, tx, batches[0].frames[:, :1], seed=0).params
+
+
+def loss(params, batch):
+    logits = network.apply({"params": params}, batch.frames.astype(np.float32)).logits
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+
+def part(batch, i):
+    return batch._replace(frames=batch.frames[:, 2 * i : 2 * i + 2], labels=batch.labels[2 * i : 2 * i + 2])
+
+
+descents = []
+for i in range(4):
+    climb = jax.grad(loss)(params, part(batches[1], i))
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(climb)))
+    point = jax.tree.map(lambda w, g: w + 0.3 * g / norm, params, climb)
+    descents.append(jax.grad(loss)(point, part(batches[0], i)))
+expected = jax.tree.map(lambda w, *each: w - 0.5 * sum(each) / 4, params, *descents)
+assert_close(apart.params, expected, 2e-5)
+assert np.abs(apart.params["readout"]["kernel"] - together.params["readout"]["kernel"]).max() > 1e-5
+
+# Evaluation pads a batch that the devices do not divide, and batches from the host equal those gathered on devices.
+rng = np.random.default_rng(0)
+frames = (rng.random((7, 4, 5, 5, 2)) < 0.4).astype(np.uint8)
+recordings = Recordings(frames, rng.integers(0, 3, 7).astype(np.int32), np.arange(7).astype(str))
+one, four = (evaluate_transfer(make_eval_step(network, m), p, recordings, 5) for m, p in ((None, params), (mesh, apart.params)))
+alone = evaluate_transfer(make_eval_step(network), jax.device_get(apart.params), recordings, 5)
+for key in alone:
+    np.testing.assert_allclose(four[key], alone[key], rtol=1e-5)
+assert four["surrogate_loss"] != one["surrogate_loss"]
+indices = np.array([6, 0, 2, 2])
+for limit in (0, 10**9):
+    taken = make_take(recordings, mesh=mesh, max_resident_bytes=limit)(indices)
+    assert {len(leaf.sharding.device_set) for leaf in taken} == {4}
+    assert_close(taken, make_take(recordings)(indices), 0)
+print("done")
+"""
+
+
+def python(code, **variables):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", **variables}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_step_evaluation_and_batches_on_four_devices_equal_those_on_one_and_each_device_may_climb_its_own_gradient():
+    assert python(STEPS) == "done\n"
+
+
+RUNS = """
+import sys, warnings
+from pathlib import Path
+from sast_jax.config import load_configs
+from sast_jax.training import train_and_evaluate, train_many
+
+folder, *overrides = sys.argv[1:]
+config = load_configs("configs/nmnist.py:sast", overrides)[""]
+print(train_and_evaluate(config, Path(folder) / "one")["num_devices"])
+configs = [load_configs("configs/nmnist.py:sast", [*overrides, f"seed={seed}"])[""] for seed in (0, 1, 2, 3)]
+workdirs = [Path(folder) / str(seed) for seed in range(4)]
+results = train_many(configs, workdirs, titles=["run"] * 4, together=4)
+print({(result["num_devices"], result["num_runs_together"]) for result in results})
+"""
+
+
+def assert_runs_equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), load_run(a).params, load_run(b).params)
+    for x, y in zip(read_metrics(a), read_metrics(b), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+    x, y = load_run(a).results, load_run(b).results
+    for key in ("surrogate_loss", "hard_accuracy", "num_test", "num_gradient_evaluations"):
+        assert x[key] == pytest.approx(y[key], rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_runs_on_four_devices_equal_those_on_one_and_many_runs_share_devices(tiny, small_nmnist, tmp_path):
+    overrides = [*TINY, f"dataset.root={small_nmnist}", "num_epochs=2", "batch_size=8"]
+    command = [sys.executable, "-c", RUNS, str(tmp_path), *overrides]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["4", "{(4, 4)}"]
+    for seed in (0, 3):
+        train_and_evaluate(tiny("sast", "num_epochs=2", "batch_size=8", f"seed={seed}"), tmp_path / f"alone{seed}")
+        assert_runs_equal(tmp_path / str(seed), tmp_path / f"alone{seed}")
+    assert_runs_equal(tmp_path / "one", tmp_path / "alone0")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run_which_equals_that_of_one_and_goes_on_from_its_checkpoint(tiny, small_nmnist, tmp_path):
+    overrides = [*TINY, f"dataset.root={small_nmnist}", "num_epochs=4", "checkpoint_every_epochs=1"]
+
+    def start():
+        port = free_port()
+        command = [sys.executable, "-m", "sast_jax", "train", "--config=configs/nmnist.py:sast", f"--workdir={tmp_path / 'two'}"]
+        return [
+            subprocess.Popen(
+                [*command, f"--hosts=localhost:{port},{index},2", *(f"--config.{each}" for each in overrides)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in (0, 1)
+        ]
+
+    outputs = []
+    for process in start():
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error[-3000:]
+        outputs.append(out)
+    assert ["Results:" in output for output in outputs] == [True, False]
+    train_and_evaluate(tiny("sast", "num_epochs=4"), tmp_path / "one")
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["num_devices"] == 2
+    assert_runs_equal(tmp_path / "two", tmp_path / "one")
+    assert load_run(tmp_path / "two").step == 12
+
+    (tmp_path / "two" / "results.json").unlink()  # As if killed after its last checkpoint.
+    for process in start():
+        assert process.wait(300) == 0, process.stderr.read()[-3000:]
+    assert_runs_equal(tmp_path / "two", tmp_path / "one")
+
+
+def test_one_device_is_no_mesh():
+    assert make_mesh(8) is None
+
+
+@pytest.mark.parametrize("address", ["", "here", "localhost:1,2,2", "localhost,0,2"])
+def test_address_that_cannot_be_read_is_a_message(address):
+    with pytest.raises(UserError, match="--hosts: must be auto or HOST:PORT,INDEX,NUMBER"):
+        connect_hosts(address)
+
+
+def test_perturbation_by_each_device_is_refused_where_steps_do_not_perturb(capsys, tmp_path):
+    command = ["train", "--config=configs/digits.py:sast", f"--workdir={tmp_path / 'run'}", "--config.sam.ascent=per_device"]
+    assert main([*command, "--config.sam.every_steps=2"]) == 2
+    assert "sam.ascent: per_device needs a gradient for the perturbation at every step" in capsys.readouterr().err
