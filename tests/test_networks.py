@@ -173,6 +173,20 @@ def test_time_chunks_change_neither_outputs_nor_gradient(network, sizes, order, 
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), results[0], result)
 
 
+def test_time_chunks_take_calibration_and_traced_slopes(frames):
+    params = init(SpikingConvNet(**CONV), frames)
+
+    def loss(thresholds, slope, time_chunk):
+        net = SpikingConvNet(**CONV, time_chunk=time_chunk)
+        modes = [spike_fn("surrogate", "arctan", slope), spike_fn("straight_through", "arctan", slope)]
+        output = net.apply({"params": params}, frames, modes, Calibration(thresholds, (1.0, jnp.linspace(0.5, 1.5, 5))))
+        return jnp.sum(output.logits**2)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    whole, chunks = (gradient((jnp.float32(0.8), jnp.full(5, 0.9)), jnp.float32(3.0), chunk) for chunk in (0, 4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, chunks)
+
+
 def test_weights_may_be_created_in_time_chunks(frames):
     chunks, whole = (init(SpikingConvNet(**CONV, time_chunk=chunk), frames) for chunk in (2, 0))
     jax.tree.map(np.testing.assert_array_equal, chunks, whole)
@@ -196,8 +210,8 @@ def test_activity_is_the_mean_of_the_spikes(frames):
     net = SpikingConvNet(**CONV, time_chunk=4)
     output = net.apply({"params": init(net, frames)}, frames)
     for spikes, rate, share in zip(output.spikes, *output.activity, strict=True):
-        assert rate == pytest.approx(np.mean(spikes), rel=1e-5)
-        assert share == pytest.approx(np.mean(np.asarray(spikes) > 0.5), rel=1e-5)
+        assert rate.item() == pytest.approx(np.mean(spikes), rel=1e-5)
+        assert share.item() == pytest.approx(np.mean(np.asarray(spikes) > 0.5), rel=1e-5)
 
 
 def test_frames_may_be_of_any_dtype(frames):
