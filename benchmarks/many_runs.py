@@ -83,7 +83,7 @@ def markdown(tables, settings):
     for workload, rows in tables.items():
         for row in rows:
             lines.append(f"| {workload} | {row['runs']} | {row['ratio']:.2f}x | {row['bytes'] / 2**20:.0f} |")
-    fitting = ", ".join(f"{rows[-1]['fitting']}" for rows in tables.values())
+    fitting = ", ".join(str(rows[-1]["fitting"]) for rows in tables.values())
     lines.append(
         f"\nSAST with an independent batch; median over {settings['rounds']} rounds of the time over that of a single run in the "
         f"same round. {settings['environment']['device']}, {settings['environment']['num_cores']} cores, load "
