@@ -37,18 +37,29 @@ class Activity(NamedTuple):
     above_threshold: tuple[jax.Array, ...]
 
 
+def measure_activity(spikes: Sequence[jax.Array]) -> Activity:
+    """Returns the activity at each step, `[T]`, given the spikes `[T, B, ...]` of each layer."""
+
+    def means(x):
+        return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+    # Every family is 1/2 at the threshold, and increases.
+    return Activity(tuple(map(means, spikes)), tuple(means((x > 0.5).astype(x.dtype)) for x in spikes))
+
+
 class NetworkOutput(NamedTuple):
     """What a network returns. What is not used costs nothing under jit.
 
     Attributes:
         logits: `[B, K]`.
         spikes: Spikes of each layer, `[T, B, ...]`; in surrogate mode numbers in (0, 1).
-        activity: Their means. Of a long recording it can be had where all spikes do not fit in memory.
+        activity: Means of the spikes; of a long recording they can be had where all spikes do not fit in memory. `None`, as a
+            network of one's own may leave it: to be measured on `spikes`.
     """
 
     logits: jax.Array
     spikes: tuple[jax.Array, ...]
-    activity: Activity
+    activity: Activity | None = None
 
 
 class Calibration(NamedTuple):
@@ -254,9 +265,7 @@ class SpikingNetwork(nn.Module):
 
         def run_chunk(network, states, frames):
             states, spikes, outputs = run(network, states, frames, neurons, gains)
-            # Every family is 1/2 at the threshold, and increases.
-            activity = Activity(tuple(map(_step_means, spikes)), tuple(_step_means((x > 0.5).astype(x.dtype)) for x in spikes))
-            return states, (outputs, spikes, activity)
+            return states, (outputs, spikes, measure_activity(spikes))
 
         outputs, spikes, activity = self._in_chunks(run_chunk, frames)
         logits = rate_readout(outputs) if self.readout == "rate" else leaky_readout(outputs, self.readout_decay)
@@ -329,10 +338,6 @@ class SpikingNetwork(nn.Module):
         states, first = step(self, None, frames[0])
         states, rest = scan(self, states, frames[1:])
         return states, *jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
-
-
-def _step_means(x):
-    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
 class SpikingMLP(SpikingNetwork):

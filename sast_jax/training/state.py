@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from sast_jax.accumulation import accumulate
 from sast_jax.data import BATCH_SPECS, DESCENT, PERTURBATION, SAMPLE_AXES, Batch
 from sast_jax.devices import AXIS, WHOLE
+from sast_jax.networks import measure_activity
 from sast_jax.sam import Ascent
 from sast_jax.spikes import Mode, SpikeFn
 
@@ -118,7 +119,8 @@ def make_train_step(
         output = network.apply({"params": params}, batch.frames, spikes)
         loss = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch.labels).mean()
         metrics = {"loss": loss, "accuracy": jnp.mean(output.logits.argmax(-1) == batch.labels)}
-        for i, (rate, share) in enumerate(zip(*output.activity, strict=True)):
+        activity = output.activity or jax.tree.map(jnp.mean, measure_activity(output.spikes))
+        for i, (rate, share) in enumerate(zip(*activity, strict=True)):
             metrics |= {f"spike_rate_{i}": rate, f"above_threshold_{i}": share}
         return loss, metrics
 
