@@ -187,6 +187,8 @@ def _train(task: Task, sessions: list[Session]) -> list[Result]:
         mesh = make_mesh(number)
         train_step = build_train_step_together([session.config for session in sessions], task.network, num_steps, mesh)
         eval_step = make_eval_step(task.network)
+    if config.sam.rho and config.sam.ascent == "per_device" and (mesh is None or number > 1):
+        _LOGGER.warning("sam.ascent: per_device is global here, where one device has the whole batch of a run")
     take = make_take(task.splits.train, mesh=mesh)
 
     def draw(step):
