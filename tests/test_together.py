@@ -64,6 +64,10 @@ def test_runs_trained_together_are_those_trained_alone(tiny, tmp_path, common):
         alone = train_and_evaluate(config, tmp_path / "alone" / str(index))
         assert alone["num_runs_together"] == 1
         assert_runs_agree(tmp_path / "together" / str(index), tmp_path / "alone" / str(index))
+    train(configs, folders(tmp_path / "in_turn", configs), together=1)
+    for index in range(len(configs)):
+        in_turn, alone = (load_run(tmp_path / way / str(index)).params for way in ("in_turn", "alone"))
+        jax.tree.map(np.testing.assert_array_equal, in_turn, alone)
 
 
 def test_step_of_many_conv_networks_is_that_of_each(tiny):

@@ -178,7 +178,7 @@ def _mesh_of_samples(task: Task) -> Mesh | None:
 
 def _train(task: Task, sessions: list[Session]) -> list[Result]:
     """Trains runs that are at the same step to the end, and returns the result of each."""
-    config, num_steps, number = task.config, task.num_steps, len(sessions)
+    config, num_steps, number = sessions[0].config, task.num_steps, len(sessions)  # Others differ in numbers alone.
     if number == 1:
         mesh = _mesh_of_samples(task)
         train_step = build_train_step(config, task.network, num_steps, mesh)
