@@ -74,6 +74,7 @@ def test_currents_of_another_dtype_are_scanned(float64):
     assert kernels_in(run, jnp.ones((3, 2), jnp.float64)) == kernels_in(run, jnp.ones((3, 2), jnp.bfloat16)) == 0
 
 
+@pytest.mark.slow
 def test_network_on_kernels_equals_the_one_on_scans():
     frames = (np.random.default_rng(0).random((5, 2, 9, 8, 2)) < 0.3).astype(np.float32)
     sizes = {"num_classes": 3, "features": (4, 5), "kernel_size": 3}

@@ -294,6 +294,16 @@ def valid_files(folder):
     }
 
 
+def test_recording_that_ends_behind_its_header_is_refused(tmp_path):
+    valid_files(tmp_path)
+    file = tmp_path / "a.aedat"
+    header, end, _ = file.read_bytes().partition(b"#!END-HEADER\r\n")
+    assert end
+    file.write_bytes(header + end)
+    with pytest.raises(ValueError, match="holds no polarity events"):
+        decoders.read_aedat(file)
+
+
 @pytest.mark.filterwarnings("ignore")  # NumPy warns of odd headers that it can still read.
 @pytest.mark.parametrize("name", ["a.aedat", "0.npy", "a.csv", "0.bin"])
 @given(

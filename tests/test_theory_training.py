@@ -112,6 +112,7 @@ def test_input_gradients_are_bounded_by_weight_gradients():
         mechanism_factor(jacobian_x, np.ones((4, 9)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is dead")  # Capped currents do not reach the threshold here.
 def test_theory_of_a_certified_run_is_a_table_and_json_and_says_that_it_contracts(train, capsys, tmp_path):  # noqa: F811
     certified = ["--config.certified.margin=0.05", "--config.network.slope=10", "--config.sam.rho=0.05"]

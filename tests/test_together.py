@@ -53,7 +53,7 @@ def assert_runs_agree(workdir, other):
     "common",
     [
         ("augmentation.drop=0.2", "sam.every_steps=2"),
-        ("sam.perturbation=noise", "spikes.hard_share=0.5", "num_microbatches=2"),
+        pytest.param(("sam.perturbation=noise", "spikes.hard_share=0.5", "num_microbatches=2"), marks=pytest.mark.slow),
     ],
 )
 def test_runs_trained_together_are_those_trained_alone(tiny, tmp_path, common):
@@ -70,6 +70,7 @@ def test_runs_trained_together_are_those_trained_alone(tiny, tmp_path, common):
         jax.tree.map(np.testing.assert_array_equal, in_turn, alone)
 
 
+@pytest.mark.slow
 def test_step_of_many_conv_networks_is_that_of_each(tiny):
     configs = [tiny("sast", "network.kind=conv", "network.features=2,3", "network.kernel_size=3", *own[:3]) for own in RUNS]
     network = make_network(configs[0], 3)
@@ -143,6 +144,7 @@ def test_only_runs_that_differ_in_numbers_share_a_program(tiny):
     assert len({same[0], *(program(tiny("sast", *own)) for own in others)}) == 6
 
 
+@pytest.mark.slow
 def test_as_many_runs_are_trained_together_as_fit_in_memory(tiny, monkeypatch):
     configs = [tiny("sast", f"seed={seed}") for seed in range(4)]
     task = Task(configs[0])

@@ -133,7 +133,7 @@ def read_aedat(file: Path) -> np.ndarray:
         Events of `EVENT_DTYPE`, in the order of the file and on its clock.
 
     Raises:
-        ValueError: If the file is of another format, or ends within a packet.
+        ValueError: If the file is of another format, ends within a packet, or holds no events.
 
     References:
         iniVation AG. AEDAT file formats: AEDAT 3.1.
@@ -144,8 +144,10 @@ def read_aedat(file: Path) -> np.ndarray:
     position = raw.find(_AEDAT_END_OF_HEADER)
     if position < 0:
         raise ValueError("has no end of its header (truncated)")
-    packets = list(_polarity_packets(raw, position + len(_AEDAT_END_OF_HEADER)))
-    return np.concatenate(packets) if packets else np.empty(0, EVENT_DTYPE)
+    packets = [packet for packet in _polarity_packets(raw, position + len(_AEDAT_END_OF_HEADER)) if len(packet)]
+    if not packets:
+        raise ValueError("holds no polarity events")
+    return np.concatenate(packets)
 
 
 def _polarity_packets(raw: bytes, position: int) -> Iterator[np.ndarray]:
