@@ -1,4 +1,4 @@
-"""How long it takes until a command does its work: imports, and the first train step with and without compiled programs at hand.
+"""What a command costs before it does its work: imports, and compilation with and without compiled programs at hand.
 
     python benchmarks/startup.py
 
@@ -7,12 +7,11 @@ table into `docs/results.md`.
 """
 
 import argparse
-import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +24,21 @@ IMPORTS = {
     "`import sast_jax`": "import sast_jax",
     "`import sast_jax`, and all its names": "import sast_jax.public",
 }
-TRAIN = "sast-jax train, one epoch on digits"
+COMPILED, AT_HAND = (f"`sast-jax train`, one epoch on digits, {how}" for how in ("compiled anew", "programs at hand"))
 
 
 def run(*arguments, **variables):
-    """Runs Python and returns the seconds it took."""
-    start = time.perf_counter()
+    """Runs Python and returns the seconds of processor time it took, which other processes change less than the clock's."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *arguments], env={**os.environ, **variables}, check=True, capture_output=True)
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def train(folder, name, cache):
-    """Returns the seconds of a short training, and those until its first step."""
-    fields = ("num_epochs=1", "batch_size=32")
-    command = ["-m", "sast_jax", "train", "--config=configs/digits.py:sast", f"--workdir={folder / name}"]
-    seconds = run(*command, *(f"--config.{field}" for field in fields), SAST_JAX_CACHE=str(folder / "cache"), **cache)
-    return seconds, json.loads((folder / name / "results.json").read_text())["first_step_seconds"]
+    """Returns the seconds of a training of one epoch."""
+    options = ("--config=configs/digits.py:sast", "--config.num_epochs=1", f"--workdir={folder / name}")
+    return run("-m", "sast_jax", "train", *options, SAST_JAX_CACHE=str(folder / "cache"), **cache)
 
 
 def main():
@@ -55,29 +53,27 @@ def main():
         for name, code in IMPORTS.items():
             seconds[name].append(run("-c", code))
     seconds = {name: values[1:] for name, values in seconds.items()}  # The first round fills the file cache.
-    first, without, kept = {}, {"JAX_ENABLE_COMPILATION_CACHE": "false"}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train(folder, "fill", kept)
+        train(folder, "fill", {})
         for number in range(args.trainings):
-            for title, cache in (("compiled anew", without), ("programs at hand", kept)):
-                total, until_first = train(folder, f"{title}{number}", cache)
-                seconds.setdefault(f"{TRAIN}, {title}", []).append(total)
-                first.setdefault(f"{TRAIN}, {title}", []).append(until_first)
-    lines = ["| command | median, s | ratio | of it training, to its first step, s |", "|---|---|---|---|"]
-    rows = {}
+            for title, cache in ((COMPILED, {"JAX_ENABLE_COMPILATION_CACHE": "false"}), (AT_HAND, {})):
+                seconds.setdefault(title, []).append(train(folder, f"{number}-{len(cache)}", cache))
+    publish("startup", {**settings, "seconds": seconds}, markdown(seconds, settings))
+
+
+def markdown(seconds, settings):
+    """One table: each command against the first of its kind."""
+    lines = ["| command | processor time, s | ratio |", "|---|---|---|"]
     for title, values in seconds.items():
-        reference = seconds[f"{TRAIN}, compiled anew" if title.startswith(TRAIN) else next(iter(IMPORTS))]
-        rows[title] = {"seconds": values, "ratio": float(np.median(np.divide(values, reference)))}
-        rows[title]["first_step_seconds"] = first.get(title)
-        until_first = f"{np.median(first[title]):.2f}" if title in first else ""
-        lines.append(f"| {title} | {np.median(values):.2f} | {rows[title]['ratio']:.2f} | {until_first} |")
+        reference = seconds[next(iter(IMPORTS)) if title in IMPORTS else COMPILED]
+        lines.append(f"| {title} | {np.median(values):.1f} | {np.median(np.divide(values, reference)):.2f}x |")
+    cores, load = settings["environment"]["num_cores"], settings["load"]
     lines.append(
-        f"\nRatios are medians of pairs of the same round ({args.rounds} of imports, {args.trainings} of trainings), to the "
-        f"first import and to the first training. {settings['environment']['num_cores']} cores, load {settings['load']:.1f} at "
-        "the start."
+        f"\nMedians over {settings['rounds']} rounds of imports and {settings['trainings']} of trainings; ratios, of the same "
+        f"round, to the first import and to the first training. {cores} cores, load {load:.1f} at the start."
     )
-    publish("startup", {**settings, "commands": rows}, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -101,8 +101,9 @@ def test_command_line_and_package_load_nothing_heavy_before_it_is_used():
 import sys, sast_jax, sast_jax.cli
 print([name for name in ("jax", "flax", "optax", "orbax", "numpy") if name in sys.modules])
 from sast_jax.config import load_configs
-from sast_jax import sam
-print(sam.__name__, sast_jax.sam is sam, [name for name in ("tonic", "sklearn", "scipy", "matplotlib") if name in sys.modules])
+from sast_jax import sam, train_and_evaluate
+heavy = ("orbax", "tonic", "sklearn", "scipy", "matplotlib")
+print(sam.__name__, sast_jax.sam is sam, [name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]", "sam True []"]

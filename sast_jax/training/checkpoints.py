@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from sast_jax.errors import UserError, refuse
 from sast_jax.files import read_json
@@ -30,12 +29,16 @@ class Checkpoints:
 
     def __init__(self, workdir: Path):
         """Opens or creates the checkpoints of a run folder."""
+        import orbax.checkpoint as ocp  # Slow to load, and not needed before there is a checkpoint.
+
         self._folder = (workdir / CHECKPOINTS).absolute()
         with self._writable():
             self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     def save(self, state: TrainState, *, seconds: float) -> None:
         """Saves the state in the background, under its step; a step that is there already is not saved again."""
+        import orbax.checkpoint as ocp
+
         step = int(state.step)
         if step != self._manager.latest_step():
             meta = {"seconds": seconds, "checksum": _checksum(state)}
@@ -88,6 +91,8 @@ def restore(workdir: Path, target: TrainState) -> tuple[TrainState, float] | Non
     step = latest_step(workdir)
     if step is None:
         return None
+    import orbax.checkpoint as ocp
+
     path = (workdir / CHECKPOINTS).absolute() / str(step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target.__dict__)
