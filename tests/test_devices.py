@@ -176,11 +176,15 @@ def test_two_processes_train_one_run_which_equals_that_of_one_and_goes_on_from_i
             for index in (0, 1)
         ]
 
-    outputs = []
-    for process in start():
-        out, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error[-3000:]
-        outputs.append(out)
+    def finish():
+        outputs = []
+        for process in start():
+            output, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error[-3000:]
+            outputs.append(output)
+        return outputs
+
+    outputs = finish()
     assert ["Results:" in output for output in outputs] == [True, False]
     train_and_evaluate(tiny("sast", "num_epochs=4"), tmp_path / "one")
     assert json.loads((tmp_path / "two" / "results.json").read_text())["num_devices"] == 2
@@ -188,8 +192,7 @@ def test_two_processes_train_one_run_which_equals_that_of_one_and_goes_on_from_i
     assert load_run(tmp_path / "two").step == 12
 
     (tmp_path / "two" / "results.json").unlink()  # As if killed after its last checkpoint.
-    for process in start():
-        assert process.wait(300) == 0, process.stderr.read()[-3000:]
+    finish()
     assert_runs_equal(tmp_path / "two", tmp_path / "one")
 
 
