@@ -14,7 +14,7 @@ from typing import Any
 
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.compilation import keep_compiled
-from sast_jax.errors import Interrupted, SuspicionWarning, UserError, refuse
+from sast_jax.errors import Interrupted, UserError, refuse, show_warning
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -100,6 +100,13 @@ def _parse(argv):
         type=_positive,
         help="runs trained as one program, at most (on a CPU 1, else as many as fit in memory)",
     )
+    sweep.add_argument(
+        "--processes",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="runs trained side by side on a CPU, each on its share of the cores",
+    )
     sweep.epilog = "Any field can be set for all methods: --config.section.key=VALUE; one that is selected is then fixed"
     export.add_argument("--calibration", metavar="METHOD", help="with what this method of the suite calibration found, or chosen")
     report = commands.add_parser("report", help="show all that is known of a run in one HTML file", allow_abbrev=False)
@@ -150,7 +157,7 @@ def _sweep(args, overrides):
     from sast_jax.experiments.page import PAGE, find, write_page
     from sast_jax.experiments.sweep import run_study
 
-    results = run_study(args.config, overrides, args.workdir, together=args.together)
+    results = run_study(args.config, overrides, args.workdir, together=args.together, processes=args.processes)
     write_page(results, args.workdir)
     print("\n".join(find(results)))
     print(f"\nResults: {args.workdir / PAGE}")
@@ -291,7 +298,7 @@ def entry_point() -> None:
     keep_freed_memory()
     keep_compiled()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # A folder's name may not be text.
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     status = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # All is on disk; what is left is leaving.
@@ -304,9 +311,3 @@ def entry_point() -> None:
 def _leave(number, frame):
     os.write(2, b"sast-jax: interrupted\n")
     os._exit(EXIT_INTERRUPTED)
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None):
-    text = f"sast-jax: warning: {message}\n"
-    is_own = issubclass(category, SuspicionWarning)
-    sys.stderr.write(text if is_own else warnings.formatwarning(message, category, filename, lineno, line))

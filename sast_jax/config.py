@@ -80,6 +80,11 @@ _RANGE = Field(
     lambda v: not v or (len(v) == 2 and all(type(n) is int for n in v) and 0 <= v[0] < v[1]),
     "a first number and one past the last, as 1000,60000, or ()",
 )
+_FOLD = Field(
+    tuple,
+    lambda v: not v or (len(v) == 2 and all(type(n) is int for n in v) and 0 <= v[0] < v[1] and v[1] > 1),
+    "the number of a fold, from 0, and how many there are, as 0,5, or ()",
+)
 
 MAX_SEED = 2**32 - 1
 
@@ -97,6 +102,7 @@ SCHEMA: dict[str, Field] = {
     "dataset.skip_bad": _FLAG.or_else(False),
     "dataset.images": _TEXT.or_else(""),
     "dataset.image_range": _RANGE.or_else(()),
+    "dataset.fold": _FOLD.or_else(()),
     "augmentation.max_shift": _integer(0, 127).or_else(0),
     "augmentation.time_jitter": _number(0, 1).or_else(0.0),
     "augmentation.drop": _number(0, 1).or_else(0.0),

@@ -1,5 +1,6 @@
 """How the user is told: a mistake to mend, an interruption, or what merely looks wrong."""
 
+import sys
 import warnings
 
 
@@ -33,3 +34,11 @@ class SuspicionWarning(UserWarning):
 def warn(message: str) -> None:
     """Issues a `SuspicionWarning`; equal messages are shown once by default."""
     warnings.warn(message, SuspicionWarning, stacklevel=3)
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Takes the place of `warnings.showwarning`: one line for a `SuspicionWarning`, the usual ones for others."""
+    is_own = issubclass(category, SuspicionWarning)
+    sys.stderr.write(
+        f"sast-jax: warning: {message}\n" if is_own else warnings.formatwarning(message, category, filename, lineno, line)
+    )

@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from sast_jax import Calibration, cli, load_run
+from sast_jax import Calibration, load_run
 from sast_jax.cli import format_table, main
-from sast_jax.errors import SuspicionWarning, UserError
+from sast_jax.errors import SuspicionWarning, UserError, show_warning
 from sast_jax.evaluation.suites import SUITES
 from sast_jax.training.build import load_data
 from tests.conftest import write_nmnist_file
@@ -316,7 +316,7 @@ def test_other_errors_of_the_program_itself_are_not_hidden(train, monkeypatch):
 
 
 def test_warning_is_a_line_and_a_foreign_one_stays_what_it_is(capsys):
-    cli._show_warning(SuspicionWarning("layer 0 is dead"), SuspicionWarning, "file.py", 3)
+    show_warning(SuspicionWarning("layer 0 is dead"), SuspicionWarning, "file.py", 3)
     assert capsys.readouterr().err == "sast-jax: warning: layer 0 is dead\n"
-    cli._show_warning(UserWarning("other"), UserWarning, "file.py", 3)
+    show_warning(UserWarning("other"), UserWarning, "file.py", 3)
     assert "file.py:3: UserWarning: other" in capsys.readouterr().err

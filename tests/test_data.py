@@ -1,3 +1,4 @@
+import functools
 import shutil
 from pathlib import Path
 
@@ -106,6 +107,34 @@ def test_own_test_part_stays_the_test_part(small_nmnist):
     assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [30, 10, 20]
     assert all(name.startswith("Test/") for name in splits.test.ids)
     assert all(name.startswith("Train/") for name in [*splits.train.ids, *splits.validation.ids])
+
+
+def test_folds_test_every_recording_once_but_those_of_the_validation_part(small_nmnist):
+    load = functools.partial(data.load_dataset, "nmnist", root=str(small_nmnist), num_time_steps=3, num_validation=10)
+    folds, own = [load(fold=(number, 5)) for number in range(5)], load()
+    everything = {*own.train.ids, *own.test.ids}
+    for fold in folds:
+        assert list(fold.validation.ids) == list(own.validation.ids)
+        assert {*fold.train.ids, *fold.test.ids} == everything
+        assert np.bincount(fold.test.labels).tolist() == [1] * 10  # Of 5 of each digit.
+    tested = np.concatenate([fold.test.ids for fold in folds])
+    assert sorted(tested) == sorted(everything)
+    assert len({fold.describe()["checksum"] for fold in folds}) == 5
+
+
+def test_folds_keep_groups_together_and_differ_in_size_by_one_at_most():
+    labels, groups = np.arange(46) % 4, np.arange(46) // 2
+    for by, unit in ((None, 1), (groups, 2)):
+        parts = [data.take_fold(np.arange(46), labels, number=k, num_folds=6, seed=1, groups=by) for k in range(6)]
+        assert np.array_equal(np.sort(np.concatenate([fold for _, fold in parts])), np.arange(46))
+        sizes = [len(fold) for _, fold in parts]
+        assert max(sizes) - min(sizes) <= unit
+        for others, fold in parts:
+            assert np.array_equal(np.sort(np.concatenate([others, fold])), np.arange(46))
+            if by is not None:
+                assert not set(by[others]) & set(by[fold])
+    with pytest.raises(UserError, match=r"dataset.fold: 3 persons cannot make 4 folds"):
+        data.take_fold(np.arange(6), labels, number=0, num_folds=4, seed=0, groups=groups)
 
 
 def test_every_damaged_file_is_named_at_once(small_nmnist):

@@ -1,7 +1,12 @@
 import itertools
 import json
+import os
 import runpy
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,7 @@ from sast_jax.experiments.statistics import paired_test
 from sast_jax.experiments.sweep import STUDY, load_plan, run_study
 from sast_jax.files import write_json
 from sast_jax.training.run import check_workdir, read_json, register
+from tests.conftest import write_small_nmnist
 
 STUDY_FILE = """
 import runpy
@@ -30,6 +36,22 @@ def get_study():
     grids = {"sast": {"sam.rho": (0.1, 0.4), "optimizer.learning_rate": (1e-3, 1e-2)}, "baseline_twice": {"num_epochs": (2, 3)}}
     methods = {name: METHODS[name]._replace(grid=grids.get(name, {})) for name in ("baseline", "baseline_twice", "sast", "noise")}
     return Study(methods, seeds=(0, 1, 2), selection_seeds=(100, 101))
+"""
+
+TINY_STUDY_FILE = """
+import runpy
+from sast_jax.experiments import METHODS, Study, change
+
+def get_config(variant=""):
+    config = runpy.run_path("configs/nmnist.py")["get_config"]("baseline")
+    config.network.update(kind="mlp", features=(8,))
+    config.dataset.update(num_time_steps=3, num_validation=10)
+    config.update(batch_size=10, num_epochs=2, evaluate_every_epochs=2, checkpoint_every_epochs=2)
+    return change(config, variant)
+
+def get_study():
+    methods = {name: METHODS[name]._replace(controls=()) for name in ("baseline", "sast", "baseline_calibrated")}
+    return Study(methods, seeds=(0, 1), selection_seeds=(100,), folds=3)
 """
 
 NUM_RUNS = 4 * 2 + 2 * 2 + 4 * 3
@@ -186,7 +208,7 @@ def test_override_sets_all_methods_but_those_that_differ_and_what_is_set_is_not_
         "baseline": 5, "baseline_twice": 10, "sast": 5, "noise": 5,
     }  # fmt: skip
     assert plan.points("baseline_twice") == [{}]
-    assert plan.config("sast", plan.points("sast")[1], seed=7).seed == 7
+    assert plan.config("sast", plan.points("sast")[1], {"seed": 7}).seed == 7
     plan = load_plan(Path("configs/study_digits.py"), ["network.slope=4"])
     assert {plan.configs[name].network.slope for name in ("baseline", "sast", "straight_through")} == {4.0}
     assert plan.study.methods["steep_slope"].grid["network.slope"] == (5.0, 10.0, 20.0)  # Its slope is its own.
@@ -228,6 +250,112 @@ def test_mistake_on_the_command_line_is_one_message(study, capsys, tmp_path):
     assert "Traceback" not in error
 
 
+# Cross-validation.
+
+
+def test_each_seed_is_tested_on_its_own_fold_and_selection_on_none(study, tmp_path):
+    text = ("selection_seeds=(100, 101)", "selection_seeds=(100, 101), folds=2")
+    results = run_study(study(text), [], tmp_path / "run", train=Trainer())
+    assert results["folds"] == 2
+    assert "of each of 2 folds" in render(results)
+    for name, fold in (("tested/sast-seed0", 0), ("tested/sast-seed1", 1), ("tested/noise-seed2", 0)):
+        config = json.loads((tmp_path / "run" / name / "run.json").read_text())["config"]
+        assert config["dataset"]["fold"] == [fold, 2]
+    for folder in (tmp_path / "run" / "selection").iterdir():
+        config = json.loads((folder / "run.json").read_text())["config"]
+        assert (config["test"], config["dataset"]["fold"]) == (False, [config["seed"] - 100, 2])
+    with pytest.raises(UserError, match="folds: the study there has 2, this one 0"):
+        run_study(study(), [], tmp_path / "run", train=Trainer())
+
+
+# Several processes.
+
+
+def _tiny(tmp_path):
+    path = tmp_path / "study.py"
+    path.write_text(TINY_STUDY_FILE)
+    return path, [f"dataset.root={write_small_nmnist(tmp_path / 'data')}"]
+
+
+def _but_for_times(results):
+    methods = {
+        name: {key: row[key] for key in ("selected", "surrogate", "hard", "gap", "gradient_evaluations")}
+        for name, row in results["methods"].items()
+    }
+    return methods, results["selection"], results["data"]
+
+
+def test_runs_of_several_processes_are_those_of_one(tmp_path, capfd):
+    path, overrides = _tiny(tmp_path)
+    one = run_study(path, overrides, tmp_path / "one")
+    capfd.readouterr()
+    two = run_study(path, overrides, tmp_path / "two", processes=2)
+    assert _but_for_times(two) == _but_for_times(one)
+    assert capfd.readouterr().err.count("\n") == 7  # A line for each run, none for its epochs.
+    cores = json.loads((tmp_path / "two/tested/sast-seed0/results.json").read_text())["environment"]["num_cores"]
+    assert cores == len(os.sched_getaffinity(0)) // 2
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_that_are_interrupted_leave_checkpoints_and_the_same_command_goes_on(signal_number, tmp_path):
+    path, overrides = _tiny(tmp_path)
+    command = [sys.executable, "-m", "sast_jax", "sweep", f"--config={path}", f"--workdir={tmp_path / 'run'}", "--processes=2"]
+    command += [f"--config.{text}" for text in [*overrides, "num_epochs=2000", "checkpoint_every_epochs=2000"]]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    folders = [tmp_path / f"run/selection/sast-rho{rho}-seed100" for rho in (0.1, 0.2)]
+    _wait_for(lambda: all((folder / "metrics.jsonl").exists() for folder in folders))
+    os.killpg(process.pid, signal_number) if signal_number == signal.SIGINT else process.send_signal(signal_number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1].startswith("sast-jax: interrupted: ")
+    for folder in folders:
+        assert [int(each.name) for each in (folder / "checkpoints").iterdir()]
+        assert not (folder / "results.json").exists()
+    results = run_study(path, [*overrides, "num_epochs=2000", "checkpoint_every_epochs=2000"], tmp_path / "run", train=Trainer())
+    assert len(results["seeds"]) == 2
+
+
+def test_killed_process_ends_the_sweep_with_a_message_and_a_killed_sweep_its_processes(tmp_path):
+    path, overrides = _tiny(tmp_path)
+    command = [sys.executable, "-m", "sast_jax", "sweep", f"--config={path}", f"--workdir={tmp_path / 'run'}", "--processes=2"]
+    command += [f"--config.{text}" for text in [*overrides, "num_epochs=2000", "checkpoint_every_epochs=2000"]]
+    for kill_parent in (False, True):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        _wait_for(lambda: (tmp_path / "run/selection/sast-rho0.2-seed100/metrics.jsonl").exists())
+        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        busy = [pid for pid in workers if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(process.pid if kill_parent else busy[-1], signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+        if not kill_parent:
+            assert process.returncode == 2
+            assert "--processes: one was killed" in error
+            assert "Traceback" not in error
+        _wait_for(lambda pids=busy: not any(map(_is_alive, pids)))
+        shutil.rmtree(tmp_path / "run")
+
+
+def _wait_for(is_true):
+    deadline = time.monotonic() + 120
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _is_alive(pid):
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_more_processes_than_cores_and_processes_together_are_refused(tmp_path):
+    path, overrides = _tiny(tmp_path)
+    with pytest.raises(UserError, match=r"--processes: must be from 1 to \d+, the number of processor cores here; got 5000"):
+        run_study(path, overrides, tmp_path / "run", processes=5000)
+    with pytest.raises(UserError, match="--processes: is for CPUs, and without --together; got 2"):
+        run_study(path, overrides, tmp_path / "run", processes=2, together=2)
+
+
 # Statistics.
 
 
@@ -253,6 +381,11 @@ def test_equal_values_do_not_differ():
 # Methods and configs.
 
 PATHS = sorted(Path("configs").glob("study_*.py"))
+SMALL = {
+    Path("configs/study_digits_small.py"): {"dataset.downsample", "network.features"},
+    Path("configs/study_nmnist_small.py"): {"dataset.downsample", "num_epochs"},
+}
+"""Cheaper studies, and in what their baseline differs from that of the data set, but for how often it is evaluated."""
 TRAINED = [name for name, method in METHODS.items() if not method.calibrates]
 
 
@@ -268,8 +401,9 @@ def test_each_method_differs_from_the_baseline_in_what_it_says_and_in_nothing_el
         assert expected.keys() <= config.keys()
         assert method.reference
     variant = "small_baseline" if "dvs_gesture" in path.name else "baseline"
-    base = runpy.run_path(str(path.with_name(path.name.removeprefix("study_"))))["get_config"](variant)
-    assert baseline == flatten(config_lib.with_defaults(base))
+    base = runpy.run_path(str(path.with_name(path.name.removeprefix("study_").replace("_small", ""))))["get_config"](variant)
+    differing = {key for key, value in flatten(config_lib.with_defaults(base)).items() if value != baseline[key]}
+    assert differing - {"evaluate_every_epochs", "checkpoint_every_epochs"} == SMALL.get(path, set())
     assert f"sast-jax sweep --config={path}" in path.read_text()
 
 
@@ -280,9 +414,9 @@ def test_shipped_study_is_whole(path):
     assert len(plan.study.seeds) >= 5
     for method in plan.study.methods.values():
         assert set(method.controls) <= METHODS.keys()
-        if not method.calibrates:
+        if not method.calibrates and path not in SMALL:
             assert {"optimizer.learning_rate", "num_epochs"} <= method.grid.keys()
-        assert "sam.rho" not in method.changes or "sam.rho" in method.grid
+        assert "sam.rho" not in method.changes or {"sam.rho", "network.slope"} & method.grid.keys()
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)

@@ -114,6 +114,7 @@ def load_dataset(
     skip_bad: bool = False,
     images: str = "",
     image_range: tuple[int, ...] = (),
+    fold: tuple[int, ...] = (),
     corruption: tuple[str, int] | None = None,
 ) -> Splits:
     """Loads a data set, from the cache if it was loaded before.
@@ -137,6 +138,9 @@ def load_dataset(
         images: Folder of MNIST's files, whose images `digits` then shows to the camera as N-MNIST was recorded: its `train`
             part for training and validation, its `t10k` part for the test.
         image_range: First of the training images and one past the last; empty: all. Recording k of N-MNIST shows image k - 1.
+        fold: Which part `(k, n)` of n, counted from 0, is tested in cross-validation; empty: the test part that is described
+            above. The validation part is drawn first and is the same in all folds; all others, of both parts, are cut into n
+            folds by `seed`, classes in proportion, or whole persons.
         corruption: Kind and severity of a corruption of the events of the test part, as `corrupt` takes them. Each recording's
             is a function of `seed` and its id; the other parts stay as they are.
 
@@ -187,6 +191,8 @@ def load_dataset(
     if num_test:
         train, test = split(train, num_second=num_test, what="num_test", **choose)
     train, validation = split(train, num_second=num_validation, what="num_validation", **choose)
+    if fold:
+        train, test = take_fold(np.concatenate([train, test]), number=fold[0], num_folds=fold[1], **choose)
     parts = {name: recordings.take(part) for name, part in (("train", train), ("validation", validation), ("test", test))}
     notes = _notes(recordings.skipped, parts, entry.classes, source.place)
     if corruption is not None:
@@ -379,14 +385,54 @@ def split(
         raise UserError(f"dataset.{what}: must be 0 to {len(indices) - 1}, as there are {len(indices)} samples; got {num_second}")
     if groups is not None and len(np.unique(groups[indices])) > 1:
         return _split_groups(indices, groups, num_second, seed, what)
+    order = _in_proportion(indices, labels, seed)
+    return np.sort(order[num_second:]), np.sort(order[:num_second])
+
+
+def _in_proportion(indices, labels, seed):
+    """The samples in a random order of which any stretch holds the classes in proportion."""
     shuffled = np.random.default_rng(seed).permutation(indices)
-    # Samples are ranked by their position within their class, as a share of it: any prefix holds the classes in proportion.
+    # Samples are ranked by their position within their class, as a share of it.
     rank = np.empty(len(shuffled))
     for label in np.unique(labels[shuffled]):
         members = labels[shuffled] == label
         rank[members] = (np.arange(members.sum()) + 0.5) / members.sum()
-    order = shuffled[np.argsort(rank, kind="stable")]
-    return np.sort(order[num_second:]), np.sort(order[:num_second])
+    return shuffled[np.argsort(rank, kind="stable")]
+
+
+def take_fold(
+    indices: np.ndarray,
+    labels: np.ndarray,
+    *,
+    number: int,
+    num_folds: int,
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts samples into folds at random, each class in proportion, and splits one fold from the others.
+
+    Args:
+        indices: Samples to cut.
+        labels: Labels of all samples, not only of these.
+        number: Which fold, from 0.
+        num_folds: Number of folds, at least 2. Their sizes differ by one sample, or one group, at most.
+        seed: Non-negative seed.
+        groups: As of `split`.
+
+    Returns:
+        The sorted indices of the other folds and of this one.
+
+    Raises:
+        UserError: If there are fewer samples, or groups, than folds.
+    """
+    if groups is not None and len(names := np.unique(groups[indices])) > 1:
+        what, units, order = "persons", groups[indices], np.random.default_rng(seed).permutation(names)
+    else:
+        what, units, order = "samples", indices, _in_proportion(indices, labels, seed)
+    if len(order) < num_folds:
+        raise UserError(f"dataset.fold: {len(order)} {what} cannot make {num_folds} folds; take fewer")
+    is_in_fold = np.isin(units, np.array_split(order, num_folds)[number])
+    return np.sort(indices[~is_in_fold]), np.sort(indices[is_in_fold])
 
 
 def _split_groups(indices, groups, num_second, seed, what):

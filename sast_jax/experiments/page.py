@@ -165,6 +165,7 @@ def render(results: dict[str, Any]) -> str:
         if "hard" in row
     ]
     seeds, machine = ", ".join(map(str, results["seeds"])), f"{environment['num_cores']} {environment['device'].upper()} cores"
+    folds = f" of each of {results['folds']} folds, in the order of the seeds" if results["folds"] else ""
     overrides = f" Set by hand: {', '.join(f'`{text}`' for text in results['overrides'])}." if results["overrides"] else ""
     parts = [
         f"# {results['name']}",
@@ -177,10 +178,10 @@ def render(results: dict[str, Any]) -> str:
         *(f"![{text}]({name})" for name, text in FIGURES.items()),
         _table([*head, *(["reported by the papers for their own network, not measured here"] if is_reported else [])], rows),
         f"Mean ± standard error over seeds {seeds}, listed below it. {data['num_train']} training, {data['num_validation']} "
-        f"validation and {data['num_test']} test recordings. Gradients: evaluations of a batch's gradient, as a ratio to the "
-        f"baseline's {methods[BASELINE]['gradient_evaluations']['mean']:g}; calibration takes none of the weights. Time: median "
-        f"ratio to the baseline of the same seed, {methods[BASELINE]['seconds']['mean']:.0f} s on {machine}; compilation and "
-        f"validation are included.{overrides}",
+        f"validation and {data['num_test']} test recordings{folds}. Gradients: evaluations of a batch's gradient, as a ratio to "
+        f"the baseline's {methods[BASELINE]['gradient_evaluations']['mean']:g}; calibration takes none of the weights. Time: "
+        f"median ratio to the baseline of the same seed, {methods[BASELINE]['seconds']['mean']:.0f} s on {machine}; compilation "
+        f"and validation are included.{overrides}",
         "## Differences",
         _table(["training", "against", "hard spikes", "size of the gap", "surrogate", "gradients", "time"], differences),
         "Mean ± standard error of the differences per seed, in points, and p of the exact sign-flip test. *Matched*: of equal "

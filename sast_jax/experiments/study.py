@@ -42,12 +42,20 @@ class Study(NamedTuple):
         seeds: Seeds of the runs that are tested; at least 2.
         selection_seeds: Seeds of the runs that choose among the values of the grids; none of `seeds`.
         question: One sentence for the head of the results page.
+        folds: Number of parts of the data for cross-validation: the run of the k-th seed is tested on part k, counted round and
+            round, and trained on the others; all are selected by the same validation part, which is never tested. 0: each run
+            is tested on the data set's own test part.
     """
 
     methods: Mapping[str, Method]
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     selection_seeds: Sequence[int] = (100, 101)
     question: str = "Does it close the transfer gap, and what closes it?"
+    folds: int = 0
+
+    def fold(self, number: int) -> dict[str, tuple[int, int]]:
+        """Returns the config fields of the fold of the `number`-th seed, from 0; none without cross-validation."""
+        return {"dataset.fold": (number % self.folds, self.folds)} if self.folds else {}
 
 
 def change(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
@@ -173,12 +181,25 @@ METHODS: dict[str, Method] = {
         controls=("straight_through_twice", "straight_through", "sast"),
         reference=f"{_SAM}, in straight-through mode; the gradient is not that of the loss, so no theory holds",
     ),
+    "finish": Method(
+        "surrogate-forward, straight-through finish",
+        {"spikes.finish": 0.25},
+        controls=(BASELINE, "straight_through"),
+        reference="plain training whose last quarter of the steps is in straight-through mode; ours, the control of SAST's",
+    ),
     "sast_finish": Method(
         "SAST, straight-through finish",
         {"sam.rho": 0.2, "spikes.finish": 0.25},
         grid=_RADII,
-        controls=("straight_through_twice", "sast", "straight_through"),
+        controls=("straight_through_twice", "sast", "straight_through", "finish"),
         reference="SAST whose last quarter of the steps is in straight-through mode; ours",
+    ),
+    "sast_steep": Method(
+        "SAST, steeper slope",
+        {"sam.rho": 0.2, "network.slope": 5.0},
+        grid={"network.slope": (5.0, 10.0)},
+        controls=("baseline_twice", "sast", "steep_slope"),
+        reference=f"{_SAST}, on smooth spikes that are closer to hard ones; ours",
     ),
     "baseline_calibrated": Method(
         "surrogate-forward + calibration", calibrates=BASELINE, controls=(BASELINE, "straight_through"), reference=_CALIBRATION
@@ -188,6 +209,9 @@ METHODS: dict[str, Method] = {
         calibrates="sast",
         controls=("baseline_twice", "sast", "baseline_calibrated", "straight_through"),
         reference=_CALIBRATION,
+    ),
+    "straight_through_calibrated": Method(
+        "straight-through + calibration", calibrates="straight_through", controls=("straight_through",), reference=_CALIBRATION
     ),
 }
 """The methods and controls of the studies that come with the package, each with the grid of what is its own.

@@ -1,11 +1,13 @@
 """From a study to its results: all runs, selection on the validation part, one look at the test part."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -18,6 +20,7 @@ from sast_jax.experiments.study import BASELINE, Method, Study
 from sast_jax.files import only_process, write_json
 from sast_jax.training import load_run, train_many
 from sast_jax.training.build import costs_a_gradient, load_data
+from sast_jax.training.processes import Workers
 from sast_jax.training.run import MAY_MOVE, RESULTS, RUN, RUNS, read_json
 from sast_jax.training.together import default_together
 
@@ -25,7 +28,7 @@ STUDY, CALIBRATION = "study.json", "calibration.json"
 
 Train = Callable[..., list[Any]]
 
-_OF_THE_STUDY = ("seed", "test")
+_OF_THE_STUDY = ("seed", "test", "dataset.fold")
 
 
 class Plan(NamedTuple):
@@ -44,8 +47,8 @@ class Plan(NamedTuple):
         grid = self.study.methods[name].grid
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
-    def config(self, name: str, point: dict[str, Any], **fields: Any) -> ml_collections.ConfigDict:
-        """Returns the locked config of a method at a point of its grid, with further fields of the top level."""
+    def config(self, name: str, point: dict[str, Any], fields: dict[str, Any]) -> ml_collections.ConfigDict:
+        """Returns the locked config of a method at a point of its grid, with further fields."""
         config = ml_collections.ConfigDict(self.configs[name].to_dict())
         for key, value in (point | fields).items():
             config_lib.set_field(config, key, value * self.study.methods[name].epochs if key == "num_epochs" else value)
@@ -83,7 +86,7 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     if not problems:
         for name in trained:
             for point in plan.points(name):
-                found = config_lib.find_problems(plan.config(name, point, test=False), with_data=False)
+                found = config_lib.find_problems(plan.config(name, point, {"test": False}), with_data=False)
                 problems += [problem for each in found if (problem := f"{name}: {each}") not in problems]
     refuse(problems, f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} in the study")
     return plan
@@ -113,6 +116,9 @@ def _load_study(path):
     ]
     common = sorted(set(study.seeds) & set(study.selection_seeds))
     problems += [f"selection_seeds: {common} are also tested; a seed may do one of both"] * bool(common)
+    problems += [f"folds: must be 0 (none) or an integer from 2; got {study.folds!r}"] * (
+        type(study.folds) is not int or study.folds < 0 or study.folds == 1
+    )
     problems += ["seeds: at least 2 are needed for a standard error"] * (len(study.seeds) < 2)
     problems += [f"methods: there must be one called {BASELINE!r}"] * (BASELINE not in study.methods)
     for name, method in study.methods.items():
@@ -131,7 +137,13 @@ def _load_study(path):
 
 
 def run_study(
-    path: Path, overrides: Sequence[str], workdir: Path, *, together: int | None = None, train: Train = train_many
+    path: Path,
+    overrides: Sequence[str],
+    workdir: Path,
+    *,
+    together: int | None = None,
+    processes: int = 1,
+    train: Train = train_many,
 ) -> dict[str, Any]:
     """Trains what is not trained yet, selects, tests and compares.
 
@@ -143,7 +155,8 @@ def run_study(
         overrides: `section.key=value`.
         workdir: Folder of the study; each run has a folder of its own in `selection/` or `tested/`.
         together: Number of runs that are trained as one program, at most; `None`: on a CPU one, else as many as fit in memory.
-        train: What trains runs, as `train_many`.
+        processes: Number of runs that are trained side by side, each in a process and on cores of its own; 1: in this process.
+        train: What trains runs in this process, as `train_many`.
 
     Returns:
         What `results.json` of the folder holds.
@@ -154,13 +167,18 @@ def run_study(
     """
     plan = load_plan(path, overrides)
     _refuse_other(workdir)
+    if processes > 1 and (together or jax.default_backend() != "cpu"):
+        raise UserError(f"--processes: is for CPUs, and without --together; got {processes}. Leave one of both out")
     if not (workdir / RESULTS).exists():  # Afterwards the recordings may be gone.
         refuse(config_lib.find_problems(plan.configs[BASELINE]))
     with only_process(workdir):
         _register(workdir, plan)
-        sweep = _Sweep(plan, workdir, together or default_together(), train)
-        selection = {name: sweep.select(name) for name in plan.configs}
-        tested = sweep.test({name: rows[0]["values"] if rows else {} for name, rows in selection.items()})
+        with contextlib.ExitStack() as ending:
+            if processes > 1:
+                train = ending.enter_context(Workers(processes)).train
+            sweep = _Sweep(plan, workdir, together or default_together(), train, is_parallel=processes > 1)
+            selection = sweep.select()
+            tested = sweep.test({name: rows[0]["values"] if rows else {} for name, rows in selection.items()})
         results = compare(path.stem, overrides, plan.study, selection, tested)
         write_json(workdir / RESULTS, results)
     return results
@@ -190,17 +208,20 @@ def _describe(plan):
 
 def _register(workdir, plan):
     """Writes what the study is, or checks it against what is written; methods and seeds may be added."""
-    new = {"selection_seeds": list(plan.study.selection_seeds), "methods": _describe(plan)}
+    common = {"selection_seeds": list(plan.study.selection_seeds), "folds": plan.study.folds}
+    new = {**common, "methods": _describe(plan)}
     old = read_json(workdir / STUDY)
     if old is not None:
         try:
             before = {name: config_lib.flatten(method) for name, method in old["methods"].items()}
-            old_seeds = old["selection_seeds"]
+            old_common = {"selection_seeds": old["selection_seeds"], "folds": old.get("folds", 0)}
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{workdir / STUDY}: is damaged or not of sast-jax; choose another --workdir") from error
-        differing = [f"selection_seeds: the study there has {old_seeds}, this one {new['selection_seeds']}"] * (
-            old_seeds != new["selection_seeds"]
-        )
+        differing = [
+            f"{key}: the study there has {old_common[key]}, this one {common[key]}"
+            for key in common
+            if old_common[key] != common[key]
+        ]
         for name in sorted(before.keys() & plan.configs.keys()):
             a, b = before[name], config_lib.flatten(new["methods"][name])
             differing += [
@@ -220,15 +241,16 @@ def _label(point):
 class _Sweep:
     """Runs of a plan in a folder."""
 
-    def __init__(self, plan, workdir, together, train):
+    def __init__(self, plan, workdir, together, train, is_parallel):
         self._plan, self._workdir, self._together, self._train = plan, workdir, together, train
+        self._is_parallel = is_parallel
         study = plan.study
         planned = {
             name: (len(points) * len(study.selection_seeds) if len(points := plan.points(name)) > 1 else 0, len(study.seeds))
             for name in plan.configs
         }
         cost = sum(
-            sum(self._cost(plan.config(name, point)) for point in plan.points(name)) * num / len(plan.points(name))
+            sum(self._cost(plan.config(name, point, {})) for point in plan.points(name)) * num / len(plan.points(name))
             for name, nums in planned.items()
             for num in nums
         )
@@ -238,49 +260,62 @@ class _Sweep:
     def _cost(config):
         return config.num_epochs * (1 + costs_a_gradient(config))
 
-    def _run(self, name, configs):
-        """Results of runs of one method, given by their folder; `None` for one that diverged."""
-        folders = list(configs)
-        was_finished = [(self._workdir / folder / RESULTS).exists() for folder in folders]
+    def _run(self, batches):
+        """Results by folder of runs given by method and folder, `None` for one that diverged.
+
+        A batch is what one program may train. Batches are trained in their order, or, by several processes, all at once.
+        """
         results, start = {}, time.monotonic()
+        batches = [[(name, folder, config) for folder, config in configs.items()] for name, configs in batches]
+        for batch in [list(itertools.chain(*batches))] if self._is_parallel and batches else batches:
+            was_finished = [(self._workdir / folder / RESULTS).exists() for _, folder, _ in batch]
 
-        def report(index, result):
-            nonlocal start
-            folder, config = folders[index], configs[folders[index]]
-            if isinstance(result, Diverged) and config.test:
-                raise result
-            results[folder] = result = None if isinstance(result, Diverged) else result
-            accuracy = (result if config.test else result["validation"])["hard_accuracy"] if result else None
-            seconds = 0.0 if was_finished[index] else time.monotonic() - start
-            self.board.done(name, folder, accuracy, tested=config.test, cost=self._cost(config), seconds=seconds)
-            start = time.monotonic()
+            def report(index, result, batch=batch, was_finished=was_finished):
+                nonlocal start
+                name, folder, config = batch[index]
+                if isinstance(result, Diverged) and config.test:
+                    raise result
+                results[folder] = result = None if isinstance(result, Diverged) else result
+                accuracy = (result if config.test else result["validation"])["hard_accuracy"] if result else None
+                seconds = 0.0 if was_finished[index] else time.monotonic() - start
+                self.board.done(name, folder, accuracy, tested=config.test, cost=self._cost(config), seconds=seconds)
+                start = time.monotonic()
 
-        self._train(
-            list(configs.values()),
-            [self._workdir / folder for folder in folders],
-            titles=[folder.partition("/")[2] for folder in folders],
-            together=self._together,
-            report=report,
-        )
-        return [results[folder] for folder in folders]
+            _, folders, configs = zip(*batch, strict=True)
+            self._train(
+                configs,
+                [self._workdir / folder for folder in folders],
+                titles=[folder.partition("/")[2] for folder in folders],
+                together=self._together,
+                report=report,
+            )
+        return results
 
-    def select(self, name):
-        """Rows of the points of a method's grid, the selected one first; none if there is nothing to select."""
+    def select(self):
+        """Rows of the points of each method's grid, the selected one first; none if there is nothing to select."""
+        seeds, batches = self._plan.study.selection_seeds, []
+        for name in self._plan.configs:
+            configs = {}
+            for point in points if len(points := self._plan.points(name)) > 1 else []:
+                words = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in point.items())
+                for number, seed in enumerate(seeds):
+                    config = self._plan.config(name, point, {"seed": seed, "test": False, **self._plan.study.fold(number)})
+                    configs[f"selection/{name}-{words}-seed{seed}"] = config
+            batches += [(name, configs)] if configs else []
+        results = self._run(batches)
+        runs = {name: [results[folder] for folder in configs] for name, configs in batches}
+        return {name: self._rank(name, runs.get(name, [])) for name in self._plan.configs}
+
+    def _rank(self, name, runs):
         points = self._plan.points(name)
         if len(points) == 1:
             return [{"values": points[0]}] if points[0] else []
-        seeds, configs = self._plan.study.selection_seeds, {}
-        for point in points:
-            words = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in point.items())
-            for seed in seeds:
-                configs[f"selection/{name}-{words}-seed{seed}"] = self._plan.config(name, point, seed=seed, test=False)
-        results = self._run(name, configs)
-        rows = []
+        num_seeds, rows = len(self._plan.study.selection_seeds), []
         for number, point in enumerate(points):
-            runs = results[number * len(seeds) : (number + 1) * len(seeds)]
             row = {"values": point}
             for mode in ("hard", "surrogate"):
-                values = [100 * run["validation"][f"{mode}_accuracy"] if run else None for run in runs]
+                own = runs[number * num_seeds : (number + 1) * num_seeds]
+                values = [100 * run["validation"][f"{mode}_accuracy"] if run else None for run in own]
                 row[mode] = values
                 row[f"mean_{mode}"] = None if None in values else float(np.mean(values))
             rows.append(row)
@@ -292,18 +327,23 @@ class _Sweep:
 
     def test(self, selected):
         """Results by method and seed; methods take turns, so that a ratio of times compares neighbours."""
-        results = {name: [] for name in self._plan.study.methods}
-        all_seeds = self._plan.study.seeds
-        size = self._together or len(all_seeds)
-        for seeds in (all_seeds[first : first + size] for first in range(0, len(all_seeds), size)):
+        study = self._plan.study
+        size = self._together or len(study.seeds)
+        batches = []
+        for first in range(0, len(study.seeds), size):
             for name, point in selected.items():
-                configs = {f"tested/{name}-seed{seed}": self._plan.config(name, point, seed=seed) for seed in seeds}
-                results[name] += self._run(name, configs)
-            for name, method in self._plan.study.methods.items():
-                for seed, parent in zip(seeds, results.get(method.calibrates, [])[-len(seeds) :], strict=False):
-                    folder = self._workdir / f"tested/{method.calibrates}-seed{seed}"
-                    results[name].append(self._calibrate(folder, parent))
-        return results
+                configs = {
+                    f"tested/{name}-seed{seed}": self._plan.config(name, point, {"seed": seed, **study.fold(first + number)})
+                    for number, seed in enumerate(study.seeds[first : first + size])
+                }
+                batches.append((name, configs))
+        runs = self._run(batches)
+        results = {name: [runs[f"tested/{name}-seed{seed}"] for seed in study.seeds] for name in selected}
+        for name, method in study.methods.items():
+            if method.calibrates:
+                folders = [self._workdir / f"tested/{method.calibrates}-seed{seed}" for seed in study.seeds]
+                results[name] = list(map(self._calibrate, folders, results[method.calibrates]))
+        return {name: results[name] for name in study.methods}
 
     @staticmethod
     def _calibrate(folder, parent):
@@ -390,6 +430,7 @@ def compare(
         "overrides": [text for text in overrides if text.partition("=")[0] not in MAY_MOVE],
         "seeds": list(study.seeds),
         "selection_seeds": list(study.selection_seeds),
+        "folds": study.folds,
         "data": {key: one[key] for key in ("num_train", "num_validation", "num_test")},
         "environment": one["environment"],
         "methods": methods,

@@ -81,6 +81,7 @@ def train_many(
     *,
     titles: Sequence[str],
     together: int | None = None,
+    show: bool = True,
     report: Callable[[int, Result], None] = lambda index, result: None,
 ) -> list[Result]:
     """Trains runs as `train_and_evaluate` does, several at once where one program can.
@@ -94,6 +95,7 @@ def train_many(
         workdirs: Folder of each run.
         titles: Names in the progress display.
         together: Number of runs that are trained at once, at most; `None`: on a CPU one, else as many as fit in memory.
+        show: Whether progress is shown.
         report: Called with index and result of each run when it is done.
 
     Returns:
@@ -127,7 +129,7 @@ def train_many(
             task = Task(configs[indices[0]])
             for group in _groups(task, configs, workdirs, indices, together):
                 sessions = [Session(task, configs[index], workdirs[index], titles[index]) for index in group]
-                for index, result in zip(group, _train(task, sessions), strict=True):
+                for index, result in zip(group, _train(task, sessions, show), strict=True):
                     done(index, result)
     return [results[index] for index in range(len(configs))]
 
@@ -176,7 +178,7 @@ def _mesh_of_samples(task: Task) -> Mesh | None:
     return make_mesh(math.gcd(config.batch_size, task.perturbation_batch_size) // config.num_microbatches)
 
 
-def _train(task: Task, sessions: list[Session]) -> list[Result]:
+def _train(task: Task, sessions: list[Session], show: bool) -> list[Result]:
     """Trains runs that are at the same step to the end, and returns the result of each."""
     config, num_steps, number = sessions[0].config, task.num_steps, len(sessions)  # Others differ in numbers alone.
     if number == 1:
@@ -202,7 +204,7 @@ def _train(task: Task, sessions: list[Session]) -> list[Result]:
         return (time.monotonic() - start) / number
 
     title = sessions[0].title + (f" and {number - 1} more" if number > 1 else "")
-    progress = Progress(title, step=first_step, num_steps=num_steps, stream=None if is_first_host() else io.StringIO())
+    progress = Progress(title, step=first_step, num_steps=num_steps, stream=None if show and is_first_host() else io.StringIO())
     pending: list[dict[str, jax.Array]] = []
     first_step_seconds = None
     with contextlib.ExitStack() as ending:
