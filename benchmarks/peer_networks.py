@@ -541,14 +541,8 @@ LIBRARIES = {
     "plain PyTorch": (torch_program(plain_neuron, compiled=False), "torch"),
     "plain PyTorch, torch.compile": (torch_program(plain_neuron, compiled=True), "torch"),
     "SpikingJelly": (torch_program(spikingjelly_neuron, compiled=False, multi_step=True), "spikingjelly"),
-    "SpikingJelly, torch.compile": (torch_program(spikingjelly_neuron, compiled=True, multi_step=True), "spikingjelly"),
     "snnTorch": (torch_program(snntorch_neuron, compiled=False), "snntorch"),
-    "snnTorch, torch.compile": (torch_program(snntorch_neuron, compiled=True), "snntorch"),
     "norse": (torch_program(norse_neuron, compiled=False, smooth_too=False, weight_scale=1 / (1 - DECAY)), "norse"),
-    "norse, torch.compile": (
-        torch_program(norse_neuron, compiled=True, smooth_too=False, weight_scale=1 / (1 - DECAY)),
-        "norse",
-    ),
     "slax": (slax_program, "slax"),
     "spyx": (spyx_program, "spyx"),
 }

@@ -1,4 +1,4 @@
-"""Study on simulated digits by cross-validation, at half the resolution: one that two CPU cores finish in an hour, offline.
+"""Study on simulated digits by cross-validation, at half the resolution: two CPU cores finish it in an hour, offline.
 
     sast-jax sweep --config=configs/study_digits_small.py --workdir=runs/study_digits_small --processes=2
 

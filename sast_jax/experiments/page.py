@@ -1,5 +1,6 @@
 """The results of a study as a page: Markdown, figures, and findings that are composed from the numbers by rules."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ FIGURES = {
     "grey if they reach zero.",
 }
 
+_CHEAP = 1.3  # Gradients, as a ratio to the baseline's, up to which a method is recommended.
 _NOTICEABLE = 0.02  # Share by which costs may differ and still be called equal.
 
 
@@ -69,7 +71,7 @@ def find(results: dict[str, Any]) -> list[str]:
     ]
     if unequal:
         sentences.append(f"Not at equal gradient evaluations with that control: {_join(unequal)}.")
-    sentences += [_compare_best(methods), *_compare_further(methods)]
+    sentences += [_compare_best(methods), *_recommend(methods), *_compare_further(methods)]
     num_seeds, num_comparisons = len(results["seeds"]), sum(len(row["comparisons"]) for row in methods.values())
     sentences.append(
         f"With {num_seeds} seeds the smallest p that the exact paired test can give is {2.0 ** (1 - num_seeds):.2g}, and the "
@@ -110,6 +112,33 @@ def _compare_best(methods):
     return (
         f"The highest mean accuracy with hard spikes is that of {row['title']}, {_pm(row['hard'])} % at "
         f"{row['gradients_ratio']:.3g}x the gradients of the baseline. Not clearly below it: {_join(tied)}."
+    )
+
+
+def _recommend(methods):
+    """A sentence on the method to take, chosen without the test part."""
+    cheap = {
+        name: row["validation_hard"]["mean"]
+        for name, row in methods.items()
+        if "validation_hard" in row and row["gradients_ratio"] <= _CHEAP
+    }
+    if not cheap:
+        return
+    row = methods[max(cheap, key=cheap.__getitem__)]
+    modes = {"surrogate": "smooth", "hard": "hard"}
+    best, mode = max(itertools.product(methods.values(), modes), key=lambda pair: pair[0][pair[1]]["mean"])
+    test = paired_test(row["hard"]["values"], best[mode]["values"])
+    if row is best and mode == "hard":
+        verdict = "no method is better in any mode"
+    else:
+        verdict = (
+            f"the best accuracy of any method in any mode is that of {best['title']} with {modes[mode]} spikes, "
+            f"{_pm(best[mode])} %, a difference of {_pm(test, '{:+.1f}')} points"
+        )
+    yield (
+        f"Of what takes at most {_CHEAP:g} times the baseline's gradients, the best with hard spikes on the validation part, "
+        f"mean over the tested seeds, is {row['title']} ({row['validation_hard']['mean']:.1f} %). On the test part it reaches "
+        f"{_pm(row['hard'])} %; {verdict}."
     )
 
 

@@ -401,6 +401,8 @@ def compare(
         }
         if method.calibrates:
             methods[key]["calibration"] = [run["calibration"] for run in runs]
+        elif all(run.get("validation") for run in runs):  # Thresholds are fitted to it.
+            methods[key]["validation_hard"] = summarize([100 * run["validation"]["hard_accuracy"] for run in runs])
     baseline = methods[BASELINE]
 
     def costs(row, control):

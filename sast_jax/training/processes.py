@@ -1,14 +1,15 @@
 """Runs in several processes at once, each on processor cores of its own."""
 
-import concurrent.futures
+import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import ml_collections
@@ -19,8 +20,6 @@ from sast_jax.training.interruption import StopRequest
 from sast_jax.training.session import Result
 
 _POLL_SECONDS = 0.2
-
-_is_stopped = threading.Event().is_set  # Of a process of `Workers`, its parent's.
 
 
 def share_cores(number: int) -> list[set[int]]:
@@ -43,7 +42,7 @@ class Workers:
     """
 
     def __init__(self, number: int):
-        """Starts no process yet.
+        """Starts the processes.
 
         Args:
             number: Number of processes, at most that of processor cores.
@@ -52,17 +51,21 @@ class Workers:
             UserError: If it is larger.
         """
         context = multiprocessing.get_context("spawn")
-        shares = context.SimpleQueue()
+        self._workers = {}
         for cores in share_cores(number):
-            shares.put(cores)
-        self._stop = context.Event()
-        self._pool = concurrent.futures.ProcessPoolExecutor(number, context, _begin, (shares, os.getpid(), self._stop))
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, cores, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers[ours] = process
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        for connection, process in self._workers.items():
+            connection.close()  # Which ends it.
+            process.join()
 
     def train(
         self,
@@ -78,7 +81,7 @@ class Workers:
         Args:
             configs: As of `train_many`.
             workdirs: As of `train_many`.
-            titles: Not shown; the processes show no progress of their own.
+            titles: As of `train_many`; the processes show no progress of their own.
             together: Not used; each process trains one run.
             report: As of `train_many`.
 
@@ -90,69 +93,83 @@ class Workers:
             Interrupted: As `train_many`.
         """
         del together
+        waiting = list(enumerate(zip(configs, workdirs, titles, strict=True)))[::-1]
+        training: dict[multiprocessing.connection.Connection, int] = {}
         results: dict[int, Result] = {}
         with StopRequest() as stop:
-            indices = {
-                self._pool.submit(_train, config.to_dict(), workdir, title): index
-                for index, (config, workdir, title) in enumerate(zip(configs, workdirs, titles, strict=True))
-            }
-            left = set(indices)
             try:
-                while left:
+                while waiting or training:
+                    for connection in self._workers.keys() - training.keys() if waiting else ():
+                        index, (config, workdir, title) = waiting.pop()
+                        training[connection] = index
+                        connection.send((config.to_dict(), workdir, title))
+                        if not waiting:
+                            break
+                    for connection in multiprocessing.connection.wait(list(training), _POLL_SECONDS):
+                        index = training.pop(connection)
+                        results[index] = result = _receive(connection)
+                        report(index, result)
                     if stop.requested:
                         raise Interrupted("stopped; the same command goes on from there")
-                    done, left = concurrent.futures.wait(left, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
-                    for future in done:
-                        results[indices[future]] = future.result()
-                        report(indices[future], results[indices[future]])
-            except BaseException as error:
-                for future in left:
-                    future.cancel()
-                self._stop.set()  # Runs in progress write a checkpoint; a process has asked for the next one already.
-                concurrent.futures.wait(left)
-                if not isinstance(error, BrokenProcessPool):
-                    raise
-                if stop.requested:  # A signal to all processes ends one that has no run.
-                    raise Interrupted("stopped; the same command goes on from there") from error
-                raise UserError(
-                    "--processes: one was killed, for want of memory perhaps; the same command with fewer of them goes on"
-                ) from error
+            except BaseException:
+                for connection in training:  # Their runs write a checkpoint, and say so.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(self._workers[connection].pid, signal.SIGTERM)
+                for connection in training:
+                    with contextlib.suppress(EOFError):
+                        connection.recv()
+                raise
         return [results[index] for index in range(len(configs))]
 
 
-def _begin(shares, parent, stop):
-    """Prepares a process, before anything has used a device in it."""
+def _receive(connection):
+    try:
+        result, is_error = connection.recv()
+    except (EOFError, ConnectionResetError) as error:
+        raise UserError(
+            "--processes: one was killed, for want of memory perhaps; the same command with fewer of them goes on"
+        ) from error
+    if is_error:
+        raise result
+    return result
+
+
+def _work(connection, cores, parent):
+    """What a process does until its parent closes the connection."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, shares.get())
+        os.sched_setaffinity(0, cores)  # Before anything has used a device.
     keep_freed_memory()
     warnings.showwarning = show_warning
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent passes it on.
     signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_watch, args=(parent, stop), daemon=True).start()
-    global _is_stopped
-    _is_stopped = stop.is_set
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    with contextlib.suppress(EOFError, Interrupted):
+        while True:
+            connection.send(_train(*connection.recv()))
 
 
 def _interrupt(number, frame):
     raise Interrupted("stopped before the first step")
 
 
-def _watch(parent, stop):
-    """Passes a request to stop on, and ends this process when its parent is gone, however it went."""
-    while os.getppid() == parent:
-        if stop.wait(_POLL_SECONDS):
-            os.kill(os.getpid(), signal.SIGTERM)
-            break
+def _end_with(parent):
+    """Ends this process when its parent is gone, however it went."""
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
     os._exit(1)
 
 
 def _train(fields, workdir, title):
+    """Returns the result of a run, or the error that it ended in, and whether it is one."""
     from sast_jax.training.loop import train_many
 
-    if _is_stopped():
-        raise Interrupted("stopped before the first step")
-    config = ml_collections.ConfigDict(fields).lock()
-    (result,) = train_many([config], [workdir], titles=[title], together=1, show=False)
-    return result
+    try:
+        config = ml_collections.ConfigDict(fields).lock()
+        (result,) = train_many([config], [workdir], titles=[title], together=1, show=False)
+        return result, False
+    except BaseException as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return RuntimeError(f"{type(error).__name__}: {error}"), True
+        return error, True
