@@ -2,8 +2,9 @@
 
     sast-jax sweep --config=configs/study_digits_small.py --workdir=runs/study_digits_small --processes=2
 
-As configs/study_digits.py, but each of the five seeds is tested on another fifth of the recordings and trained on the others.
-Those of the validation part are in no fold, and all seeds select by them; only what is each method's own is selected.
+Unlike in configs/study_digits.py each of the five seeds is tested on another fifth of the recordings and trained on the others.
+Those of the validation part are in no fold, and all seeds select by them. The network is larger, as frames are smaller; learning
+rate and epochs are not selected, only what is each method's own.
 """
 
 import runpy

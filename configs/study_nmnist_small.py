@@ -2,9 +2,9 @@
 
     sast-jax sweep --config=configs/study_nmnist_small.py --config.dataset.root=FOLDER --workdir=runs/study_small --processes=2
 
-As configs/study_nmnist.py, but each of the five seeds is tested on another fifth of the recordings and trained on the others.
-Those of the validation part are in no fold, and all seeds select by them; only what is each method's own is selected. FOLDER
-holds a part of the recordings; 900 were measured.
+Unlike in configs/study_nmnist.py each of the five seeds is tested on another fifth of the recordings and trained on the others.
+Those of the validation part are in no fold, and all seeds select by them. There are 30 epochs; learning rate and epochs are not
+selected, only what is each method's own. FOLDER holds a part of the recordings.
 """
 
 import runpy

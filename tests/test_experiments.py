@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -23,6 +24,8 @@ from sast_jax.experiments.page import find, render, write_page
 from sast_jax.experiments.statistics import paired_test
 from sast_jax.experiments.sweep import STUDY, load_plan, run_study
 from sast_jax.files import write_json
+from sast_jax.training import train_and_evaluate
+from sast_jax.training.processes import Workers, share_cores
 from sast_jax.training.run import check_workdir, read_json, register
 from tests.conftest import write_small_nmnist
 
@@ -53,7 +56,7 @@ def get_config(variant=""):
 def get_study():
     methods = {name: METHODS[name]._replace(controls=()) for name in ("baseline", "sast", "baseline_calibrated")}
     methods["sast"] = methods["sast"]._replace(grid={"sam.rho": (0.1, 0.2)})
-    return Study(methods, seeds=(0, 1), selection_seeds=(100,), folds=3)
+    return Study(methods, seeds=(0, 1), selection_seeds=(100,), folds=2)
 """
 
 NUM_RUNS = 4 * 2 + 2 * 2 + 4 * 3
@@ -81,7 +84,7 @@ class Trainer:
     def __init__(self, stop_at=None, diverges=lambda config: False, test_shift=0.0):
         self.trained, self.stop_at, self.diverges, self.test_shift = [], stop_at, diverges, test_shift
 
-    def __call__(self, configs, workdirs, *, titles, together, report):
+    def __call__(self, configs, workdirs, *, titles, report, together=None):
         for index, (config, workdir, title) in enumerate(zip(configs, workdirs, titles, strict=True)):
             try:
                 result = self.train(config, workdir, title)
@@ -188,6 +191,18 @@ def test_folder_of_another_study_is_refused_and_methods_and_seeds_may_be_added(s
     assert set(json.loads((tmp_path / "run" / STUDY).read_text())["methods"]) >= {"noise", "straight_through"}
 
 
+def test_study_that_an_earlier_version_began_goes_on(study, tmp_path):
+    straight = run_study(study(), [], tmp_path / "run", train=Trainer())
+    old = json.loads((tmp_path / "run" / STUDY).read_text())
+    del old["folds"]
+    for method in old["methods"].values():
+        del method["config"]["dataset.fold"]
+    write_json(tmp_path / "run" / STUDY, old)
+    more = Trainer()
+    assert run_study(study(), [], tmp_path / "run", train=more) == straight
+    assert not more.trained
+
+
 @pytest.mark.parametrize(
     ("name", "text"), [("run.json", "{}"), ("results.json", "{}"), ("runs.json", "[]"), ("study.json", "[1]")]
 )
@@ -255,18 +270,18 @@ def test_mistake_on_the_command_line_is_one_message(study, capsys, tmp_path):
 # Cross-validation.
 
 
-def test_each_seed_is_tested_on_its_own_fold_and_selection_on_none(study, tmp_path):
-    text = ("selection_seeds=(100, 101)", "selection_seeds=(100, 101), folds=2")
+def test_each_seed_is_tested_on_its_own_fold_and_selection_tests_none(study, tmp_path):
+    text = ("selection_seeds=(100, 101)", "selection_seeds=(100, 101), folds=3")
     results = run_study(study(text), [], tmp_path / "run", train=Trainer())
-    assert results["folds"] == 2
-    assert "of each of 2 folds" in render(results)
-    for name, fold in (("tested/sast-seed0", 0), ("tested/sast-seed1", 1), ("tested/noise-seed2", 0)):
+    assert results["folds"] == 3
+    assert "tested on another of 3 folds" in render(results)
+    for name, fold in (("tested/sast-seed0", 0), ("tested/sast-seed1", 1), ("tested/noise-seed2", 2)):
         config = json.loads((tmp_path / "run" / name / "run.json").read_text())["config"]
-        assert config["dataset"]["fold"] == [fold, 2]
+        assert config["dataset"]["fold"] == [fold, 3]
     for folder in (tmp_path / "run" / "selection").iterdir():
         config = json.loads((folder / "run.json").read_text())["config"]
-        assert (config["test"], config["dataset"]["fold"]) == (False, [config["seed"] - 100, 2])
-    with pytest.raises(UserError, match="folds: the study there has 2, this one 0"):
+        assert (config["test"], config["dataset"]["fold"]) == (False, [config["seed"] - 100, 3])
+    with pytest.raises(UserError, match="folds: the study there has 3, this one 0"):
         run_study(study(), [], tmp_path / "run", train=Trainer())
 
 
@@ -287,6 +302,12 @@ def _but_for_times(results):
     return methods, results["selection"], results["data"]
 
 
+needs_two_cores = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
+)
+
+
+@needs_two_cores
 def test_runs_of_several_processes_are_those_of_one(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -295,55 +316,76 @@ def test_runs_of_several_processes_are_those_of_one(tmp_path, capfd, monkeypatch
     capfd.readouterr()
     two = run_study(path, overrides, tmp_path / "two", processes=2)
     assert _but_for_times(two) == _but_for_times(one)
-    assert capfd.readouterr().err.count("\n") == 6  # A line for each run, none for its epochs.
-    cores = json.loads((tmp_path / "two/tested/sast-seed0/results.json").read_text())["environment"]["num_cores"]
-    assert cores == len(os.sched_getaffinity(0)) // 2
+    lines = capfd.readouterr().err.splitlines()
+    assert sum(line.startswith("sweep: ") for line in lines) == 6  # A line for each run,
+    assert not any("epoch" in line for line in lines)  # none for its epochs.
+    assert set(two["num_cores"]) <= set(map(len, share_cores(2)))
+
+
+_LONG = ["num_epochs=1000", "checkpoint_every_epochs=1000"]
+
+
+@contextlib.contextmanager
+def _long_sweep(tmp_path):
+    """A sweep in a session of its own, as of a terminal, of which two runs are training; and the folders of these."""
+    path, overrides = _tiny(tmp_path)
+    command = [sys.executable, "-m", "sast_jax", "sweep", f"--config={path}", f"--workdir={tmp_path / 'run'}", "--processes=2"]
+    command += [f"--config.{text}" for text in [*overrides, *_LONG]]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    folders = [tmp_path / f"run/selection/sast-rho{rho}-seed100" for rho in (0.1, 0.2)]
+    try:
+        _wait_for(lambda: all((folder / "metrics.jsonl").is_file() for folder in folders), process)
+        yield process, folders
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_processes_that_are_interrupted_leave_checkpoints_and_the_same_command_goes_on(signal_number, tmp_path):
-    path, overrides = _tiny(tmp_path)
-    command = [sys.executable, "-m", "sast_jax", "sweep", f"--config={path}", f"--workdir={tmp_path / 'run'}", "--processes=2"]
-    command += [f"--config.{text}" for text in [*overrides, "num_epochs=2000", "checkpoint_every_epochs=2000"]]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)  # As of a terminal.
-    folders = [tmp_path / f"run/selection/sast-rho{rho}-seed100" for rho in (0.1, 0.2)]
-    _wait_for(lambda: all((folder / "metrics.jsonl").exists() for folder in folders))
-    os.killpg(process.pid, signal_number) if signal_number == signal.SIGINT else process.send_signal(signal_number)
-    _, error = process.communicate(timeout=60)
+@needs_two_cores
+@pytest.mark.parametrize("to_all", [True, False], ids=["SIGINT to all", "SIGTERM to the sweep"])
+def test_processes_that_are_interrupted_leave_checkpoints_and_begin_no_other_run(to_all, tmp_path):
+    with _long_sweep(tmp_path) as (process, folders):
+        os.killpg(process.pid, signal.SIGINT) if to_all else process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error.splitlines()[-1].startswith("sast-jax: interrupted: ")
     for folder in folders:
-        assert [int(each.name) for each in (folder / "checkpoints").iterdir()]
+        (checkpoint,) = (each.name for each in (folder / "checkpoints").iterdir())
+        assert 0 < int(checkpoint) < 4000
         assert not (folder / "results.json").exists()
-    results = run_study(path, [*overrides, "num_epochs=2000", "checkpoint_every_epochs=2000"], tmp_path / "run", train=Trainer())
-    assert len(results["seeds"]) == 2
+    assert {folder.name for folder in (tmp_path / "run/selection").iterdir()} == {folder.name for folder in folders}
+    config = load_configs(str(folders[0] / "run.json"))[""]
+    results = train_and_evaluate(config, folders[0])  # It goes on.
+    steps = [json.loads(line)["num_steps"] for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    assert sum(steps) == 4000
+    assert results["num_gradient_evaluations"] == 8000
 
 
 @pytest.mark.slow
-def test_killed_process_ends_the_sweep_with_a_message_and_a_killed_sweep_its_processes(tmp_path):
-    path, overrides = _tiny(tmp_path)
-    command = [sys.executable, "-m", "sast_jax", "sweep", f"--config={path}", f"--workdir={tmp_path / 'run'}", "--processes=2"]
-    command += [f"--config.{text}" for text in [*overrides, "num_epochs=2000", "checkpoint_every_epochs=2000"]]
-    for kill_parent in (False, True):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        _wait_for(lambda: (tmp_path / "run/selection/sast-rho0.2-seed100/metrics.jsonl").exists())
-        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-        busy = [pid for pid in workers if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
-        os.kill(process.pid if kill_parent else busy[-1], signal.SIGKILL)
+@needs_two_cores
+@pytest.mark.parametrize("who", ["a worker", "the sweep"])
+def test_killed_process_ends_the_sweep_with_a_message_and_a_killed_sweep_its_processes(who, tmp_path):
+    with _long_sweep(tmp_path) as (process, folders):
+        children = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        workers = [pid for pid in children if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
+        assert len(workers) == 2
+        os.kill(process.pid if who == "the sweep" else workers[-1], signal.SIGKILL)
         _, error = process.communicate(timeout=60)
-        if not kill_parent:
-            assert process.returncode == 2
-            assert "--processes: one was killed" in error
-            assert "Traceback" not in error
-        _wait_for(lambda pids=busy: not any(map(_is_alive, pids)))
-        shutil.rmtree(tmp_path / "run")
+        _wait_for(lambda: not any(map(_is_alive, workers)))
+    if who == "a worker":
+        assert process.returncode == 2
+        assert "--processes: one was killed (signal 9)" in error
+        assert "Traceback" not in error
+        assert sum(len(list((folder / "checkpoints").iterdir())) for folder in folders if (folder / "checkpoints").is_dir()) == 1
 
 
-def _wait_for(is_true):
+def _wait_for(is_true, process=None):
     deadline = time.monotonic() + 120
     while not is_true():
         assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.1)
 
 
@@ -354,12 +396,30 @@ def _is_alive(pid):
         return False
 
 
+@needs_two_cores
+def test_errors_of_a_process_are_those_of_the_run(tmp_path):
+    path, overrides = _tiny(tmp_path)
+    broken = tmp_path / "data/Train/3/00001.bin"
+    config = load_plan(path, overrides).config("baseline", {}, {"seed": 1})
+    folder = tmp_path / "of another config"
+    write_json(folder / "run.json", {"config": {}, "data": {}, "environment": {}})
+    with Workers(2) as workers:
+        with pytest.raises(UserError, match=r"of another config/run\.json: is damaged"):
+            workers.train([config, config], [folder, folder], titles=["a", "b"])
+        broken.write_bytes(b"1234567")
+        with pytest.raises(UserError, match=r"Train/3/00001.bin: size must be a positive multiple of 5 bytes; got 7"):
+            workers.train([config], [tmp_path / "new"], titles=["c"])
+
+
 def test_more_processes_than_cores_and_processes_together_are_refused(tmp_path):
     path, overrides = _tiny(tmp_path)
-    with pytest.raises(UserError, match=r"--processes: must be from 1 to \d+, the number of processor cores here; got 5000"):
+    with pytest.raises(
+        UserError, match=r"--processes: (must be from 1 to \d+, the number of processor cores here; got 5000|only L)"
+    ):
         run_study(path, overrides, tmp_path / "run", processes=5000)
-    with pytest.raises(UserError, match="--processes: is for CPUs, and without --together; got 2"):
-        run_study(path, overrides, tmp_path / "run", processes=2, together=2)
+    with pytest.raises(UserError, match="--processes: not with --together, which is one process; got 2 and 3"):
+        run_study(path, overrides, tmp_path / "run", processes=2, together=3)
+    assert not (tmp_path / "run").exists()
 
 
 # Statistics.
@@ -477,7 +537,9 @@ def test_what_is_recommended_is_cheap_and_chosen_by_validation_though_the_test_p
         methods[name]["hard"] |= {"mean": hard, "standard_error": 0.5, "values": [hard - 1, hard, hard + 1]}
     (sentence,) = [text for text in find(results) if "on the validation part" in text]
     assert "is random weight noise (75.0 %). On the test part it reaches 72.0 ± 0.5 %" in sentence
-    assert "that of SAST, independent batch with hard spikes, 97.0 ± 0.5 %, a difference of -25.0 ± 0.0 points" in sentence
+    assert (
+        "that of SAST, independent batch with hard spikes, 97.0 ± 0.5 %: a difference of -25.0 ± 0.0 points, clear." in sentence
+    )
     for row in methods.values():
         del row["validation_hard"]  # As of a study without a validation part.
     assert not [text for text in find(results) if "on the validation part" in text]

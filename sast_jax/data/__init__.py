@@ -180,7 +180,7 @@ def load_dataset(
     train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
     if not len(train):
         raise UserError(f"dataset.root: {source.place} holds no recordings of the training part")
-    if not len(test) and not num_test:
+    if not len(test) and not num_test and not fold:
         raise UserError(
             f"dataset.root: {source.place} holds no recordings of the test part; add some, or split some off the training part "
             "with --config.dataset.num_test=N"

@@ -43,8 +43,9 @@ class Study(NamedTuple):
         selection_seeds: Seeds of the runs that choose among the values of the grids; none of `seeds`.
         question: One sentence for the head of the results page.
         folds: Number of parts of the data for cross-validation: the run of the k-th seed is tested on part k, counted round and
-            round, and trained on the others; all are selected by the same validation part, which is never tested. 0: each run
-            is tested on the data set's own test part.
+            round, and trained on the others. All settings are selected by the same validation part, which is never tested; what
+            they are selected from has been trained on recordings that other folds test. 0: no folds, but the data set's own
+            test part.
     """
 
     methods: Mapping[str, Method]

@@ -1,6 +1,7 @@
 """From a study to its results: all runs, selection on the validation part, one look at the test part."""
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from sast_jax.experiments.study import BASELINE, Method, Study
 from sast_jax.files import only_process, write_json
 from sast_jax.training import load_run, train_many
 from sast_jax.training.build import costs_a_gradient, load_data
-from sast_jax.training.processes import Workers
+from sast_jax.training.processes import Workers, share_cores
 from sast_jax.training.run import MAY_MOVE, RESULTS, RUN, RUNS, read_json
 from sast_jax.training.together import default_together
 
@@ -119,6 +120,9 @@ def _load_study(path):
     problems += [f"folds: must be 0 (none) or an integer from 2; got {study.folds!r}"] * (
         type(study.folds) is not int or study.folds < 0 or study.folds == 1
     )
+    problems += [f"seeds: {len(study.seeds)} cannot be tested equally often on {study.folds} folds; take a multiple"] * (
+        not problems and bool(study.folds) and len(study.seeds) % study.folds > 0
+    )
     problems += ["seeds: at least 2 are needed for a standard error"] * (len(study.seeds) < 2)
     problems += [f"methods: there must be one called {BASELINE!r}"] * (BASELINE not in study.methods)
     for name, method in study.methods.items():
@@ -155,7 +159,8 @@ def run_study(
         overrides: `section.key=value`.
         workdir: Folder of the study; each run has a folder of its own in `selection/` or `tested/`.
         together: Number of runs that are trained as one program, at most; `None`: on a CPU one, else as many as fit in memory.
-        processes: Number of runs that are trained side by side, each in a process and on cores of its own; 1: in this process.
+        processes: Number of runs that are trained side by side, each in a process and on cores of its own, so that times are
+            those of fewer cores; see `Workers`. 1: in this process.
         train: What trains runs in this process, as `train_many`.
 
     Returns:
@@ -167,21 +172,30 @@ def run_study(
     """
     plan = load_plan(path, overrides)
     _refuse_other(workdir)
-    if processes > 1 and (together or jax.default_backend() != "cpu"):
-        raise UserError(f"--processes: is for CPUs, and without --together; got {processes}. Leave one of both out")
+    if processes > 1:
+        _refuse_processes(processes, together)
     if not (workdir / RESULTS).exists():  # Afterwards the recordings may be gone.
         refuse(config_lib.find_problems(plan.configs[BASELINE]))
-    with only_process(workdir):
+    with only_process(workdir), contextlib.ExitStack() as ending:
         _register(workdir, plan)
-        with contextlib.ExitStack() as ending:
-            if processes > 1:
-                train = ending.enter_context(Workers(processes)).train
-            sweep = _Sweep(plan, workdir, together or default_together(), train, is_parallel=processes > 1)
-            selection = sweep.select()
-            tested = sweep.test({name: rows[0]["values"] if rows else {} for name, rows in selection.items()})
+        workers = None
+        if processes > 1 and not (workdir / RESULTS).exists():
+            load_data(plan.configs[BASELINE])  # Once, into the cache, before all processes ask for it.
+            workers = ending.enter_context(Workers(processes))
+        sweep = _Sweep(plan, workdir, together or default_together(), train, workers)
+        selection = sweep.select()
+        tested = sweep.test({name: rows[0]["values"] if rows else {} for name, rows in selection.items()})
         results = compare(path.stem, overrides, plan.study, selection, tested)
         write_json(workdir / RESULTS, results)
     return results
+
+
+def _refuse_processes(processes, together):
+    if together:
+        raise UserError(f"--processes: not with --together, which is one process; got {processes} and {together}")
+    if jax.default_backend() != "cpu":
+        raise UserError(f"--processes: a {jax.default_backend()} belongs to one process; use --together, or JAX_PLATFORMS=cpu")
+    share_cores(processes)
 
 
 def _refuse_other(workdir):
@@ -212,8 +226,14 @@ def _register(workdir, plan):
     new = {**common, "methods": _describe(plan)}
     old = read_json(workdir / STUDY)
     if old is not None:
+        # Fields that a later version brought.
+        defaults = {
+            f"config.{key}": list(field.default) if isinstance(field.default, tuple) else field.default
+            for key, field in config_lib.SCHEMA.items()
+            if field.default is not None and key not in MAY_MOVE
+        }
         try:
-            before = {name: config_lib.flatten(method) for name, method in old["methods"].items()}
+            before = {name: defaults | config_lib.flatten(method) for name, method in old["methods"].items()}
             old_common = {"selection_seeds": old["selection_seeds"], "folds": old.get("folds", 0)}
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{workdir / STUDY}: is damaged or not of sast-jax; choose another --workdir") from error
@@ -241,9 +261,10 @@ def _label(point):
 class _Sweep:
     """Runs of a plan in a folder."""
 
-    def __init__(self, plan, workdir, together, train, is_parallel):
-        self._plan, self._workdir, self._together, self._train = plan, workdir, together, train
-        self._is_parallel = is_parallel
+    def __init__(self, plan, workdir, together, train, workers):
+        self._plan, self._workdir = plan, workdir
+        self._together, self._workers = together, workers
+        self._train = workers.train if workers else functools.partial(train, together=together)
         study = plan.study
         planned = {
             name: (len(points) * len(study.selection_seeds) if len(points := plan.points(name)) > 1 else 0, len(study.seeds))
@@ -260,19 +281,21 @@ class _Sweep:
     def _cost(config):
         return config.num_epochs * (1 + costs_a_gradient(config))
 
-    def _run(self, batches):
+    def _run(self, batches, finish=lambda name, runs: None):
         """Results by folder of runs given by method and folder, `None` for one that diverged.
 
-        A batch is what one program may train. Batches are trained in their order, or, by several processes, all at once.
+        A batch is what one program may train. Batches are trained in their order, or, by several processes, all at once. After
+        each `finish` is called with its method and its results.
         """
         results, start = {}, time.monotonic()
-        batches = [[(name, folder, config) for folder, config in configs.items()] for name, configs in batches]
-        for batch in [list(itertools.chain(*batches))] if self._is_parallel and batches else batches:
-            was_finished = [(self._workdir / folder / RESULTS).exists() for _, folder, _ in batch]
+        runs = [[(name, folder, config) for folder, config in configs.items()] for name, configs in batches]
+        batch_of = {folder: batch for batch in batches for folder in batch[1]}
+        for group in [list(itertools.chain(*runs))] if self._workers and runs else runs:
+            was_finished = [(self._workdir / folder / RESULTS).exists() for _, folder, _ in group]
 
-            def report(index, result, batch=batch, was_finished=was_finished):
+            def report(index, result, group=group, was_finished=was_finished):
                 nonlocal start
-                name, folder, config = batch[index]
+                name, folder, config = group[index]
                 if isinstance(result, Diverged) and config.test:
                     raise result
                 results[folder] = result = None if isinstance(result, Diverged) else result
@@ -280,38 +303,40 @@ class _Sweep:
                 seconds = 0.0 if was_finished[index] else time.monotonic() - start
                 self.board.done(name, folder, accuracy, tested=config.test, cost=self._cost(config), seconds=seconds)
                 start = time.monotonic()
+                folders = batch_of[folder][1]
+                if results.keys() >= folders.keys():
+                    finish(name, [results[each] for each in folders])
 
-            _, folders, configs = zip(*batch, strict=True)
+            _, folders, configs = zip(*group, strict=True)
             self._train(
                 configs,
                 [self._workdir / folder for folder in folders],
                 titles=[folder.partition("/")[2] for folder in folders],
-                together=self._together,
                 report=report,
             )
         return results
 
     def select(self):
         """Rows of the points of each method's grid, the selected one first; none if there is nothing to select."""
-        seeds, batches = self._plan.study.selection_seeds, []
+        study, batches, rows = self._plan.study, [], {}
         for name in self._plan.configs:
+            points = self._plan.points(name)
+            if len(points) == 1:
+                rows[name] = [{"values": points[0]}] if points[0] else []
+                continue
             configs = {}
-            for point in points if len(points := self._plan.points(name)) > 1 else []:
+            for point in points:
                 words = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in point.items())
-                for number, seed in enumerate(seeds):
-                    config = self._plan.config(name, point, {"seed": seed, "test": False, **self._plan.study.fold(number)})
+                for number, seed in enumerate(study.selection_seeds):
+                    config = self._plan.config(name, point, {"seed": seed, "test": False, **study.fold(number)})
                     configs[f"selection/{name}-{words}-seed{seed}"] = config
-            batches += [(name, configs)] if configs else []
-        results = self._run(batches)
-        runs = {name: [results[folder] for folder in configs] for name, configs in batches}
-        return {name: self._rank(name, runs.get(name, [])) for name in self._plan.configs}
+            batches.append((name, configs))
+        self._run(batches, lambda name, runs: rows.update({name: self._rank(name, runs)}))
+        return {name: rows[name] for name in self._plan.configs}
 
     def _rank(self, name, runs):
-        points = self._plan.points(name)
-        if len(points) == 1:
-            return [{"values": points[0]}] if points[0] else []
         num_seeds, rows = len(self._plan.study.selection_seeds), []
-        for number, point in enumerate(points):
+        for number, point in enumerate(self._plan.points(name)):
             row = {"values": point}
             for mode in ("hard", "surrogate"):
                 own = runs[number * num_seeds : (number + 1) * num_seeds]
@@ -435,6 +460,7 @@ def compare(
         "folds": study.folds,
         "data": {key: one[key] for key in ("num_train", "num_validation", "num_test")},
         "environment": one["environment"],
+        "num_cores": sorted({run["environment"]["num_cores"] for runs in tested.values() for run in runs}),
         "methods": methods,
         "selection": {key: rows for key, rows in selection.items() if rows},
     }

@@ -8,11 +8,14 @@ import pickle
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
+import numpy as np
 
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.errors import Interrupted, UserError, show_warning
@@ -20,25 +23,29 @@ from sast_jax.training.interruption import StopRequest
 from sast_jax.training.session import Result
 
 _POLL_SECONDS = 0.2
+_GONE = (EOFError, OSError)  # What a connection raises whose other end has been closed.
 
 
 def share_cores(number: int) -> list[set[int]]:
-    """Returns the cores that this process may use in `number` parts, which differ in size by one at most.
+    """Returns the cores that this process may use in `number` parts of neighbours, which differ in size by one at most.
 
     Raises:
-        UserError: If there are fewer cores than parts.
+        UserError: If there are fewer cores than parts, or processes cannot be kept to cores here.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("--processes: only Linux can keep a process to its cores; leave it out")
+    cores = sorted(os.sched_getaffinity(0))
     if number > len(cores):
         raise UserError(f"--processes: must be from 1 to {len(cores)}, the number of processor cores here; got {number}")
-    return [set(cores[part::number]) for part in range(number)]
+    return [set(part.tolist()) for part in np.array_split(cores, number)]
 
 
 class Workers:
     """Processes that train runs, one run each at a time.
 
     A small network keeps few cores busy, so that on a CPU several runs side by side take less time than one after the other. The
-    devices of an accelerator belong to one process; there runs are trained together as one program instead.
+    devices of an accelerator belong to one process; there runs are trained together as one program instead. The processes import
+    the main module, so a script must make them under `if __name__ == "__main__"`.
     """
 
     def __init__(self, number: int):
@@ -51,20 +58,22 @@ class Workers:
             UserError: If it is larger.
         """
         context = multiprocessing.get_context("spawn")
-        self._workers = {}
+        self._processes: dict[multiprocessing.connection.Connection, Any] = {}
         for cores in share_cores(number):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, cores, os.getpid()), daemon=True)
             process.start()
             theirs.close()
-            self._workers[ours] = process
+            self._processes[ours] = process
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *exception) -> None:
-        for connection, process in self._workers.items():
-            connection.close()  # Which ends it.
+        for connection, process in self._processes.items():
+            connection.close()
+            process.terminate()
+        for process in self._processes.values():
             process.join()
 
     def train(
@@ -73,7 +82,6 @@ class Workers:
         workdirs: Sequence[Path],
         *,
         titles: Sequence[str],
-        together: int | None = None,
         report: Callable[[int, Result], None] = lambda index, result: None,
     ) -> list[Result]:
         """Trains runs as `train_many` does, and begins them in the order of the configs.
@@ -82,7 +90,6 @@ class Workers:
             configs: As of `train_many`.
             workdirs: As of `train_many`.
             titles: As of `train_many`; the processes show no progress of their own.
-            together: Not used; each process trains one run.
             report: As of `train_many`.
 
         Returns:
@@ -92,64 +99,57 @@ class Workers:
             UserError: As `train_many`, or if a process dies.
             Interrupted: As `train_many`.
         """
-        del together
         waiting = list(enumerate(zip(configs, workdirs, titles, strict=True)))[::-1]
         training: dict[multiprocessing.connection.Connection, int] = {}
         results: dict[int, Result] = {}
         with StopRequest() as stop:
             try:
                 while waiting or training:
-                    for connection in self._workers.keys() - training.keys() if waiting else ():
+                    for connection in [each for each in self._processes if each not in training][: len(waiting)]:
                         index, (config, workdir, title) = waiting.pop()
+                        self._exchange(connection, connection.send, (config.to_dict(), workdir, title))
                         training[connection] = index
-                        connection.send((config.to_dict(), workdir, title))
-                        if not waiting:
-                            break
-                    for connection in multiprocessing.connection.wait(list(training), _POLL_SECONDS):
+                    ready = multiprocessing.connection.wait(list(training), _POLL_SECONDS)
+                    for connection in [each for each in training if each in ready]:
                         index = training.pop(connection)
-                        results[index] = result = _receive(connection)
+                        result, is_error = self._exchange(connection, connection.recv)
+                        if is_error:
+                            raise result
+                        results[index] = result
                         report(index, result)
                     if stop.requested:
                         raise Interrupted("stopped; the same command goes on from there")
             except BaseException:
                 for connection in training:  # Their runs write a checkpoint, and say so.
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(self._workers[connection].pid, signal.SIGTERM)
+                    self._processes[connection].terminate()
                 for connection in training:
-                    with contextlib.suppress(EOFError):
+                    with contextlib.suppress(*_GONE):
                         connection.recv()
                 raise
         return [results[index] for index in range(len(configs))]
 
-
-def _receive(connection):
-    try:
-        result, is_error = connection.recv()
-    except (EOFError, ConnectionResetError) as error:
-        raise UserError(
-            "--processes: one was killed, for want of memory perhaps; the same command with fewer of them goes on"
-        ) from error
-    if is_error:
-        raise result
-    return result
+    def _exchange(self, connection, method, *arguments):
+        try:
+            return method(*arguments)
+        except _GONE as error:
+            process = self._processes[connection]
+            process.join()
+            status = process.exitcode
+            reason = f"was killed (signal {-status}), for want of memory perhaps" if status < 0 else f"ended with status {status}"
+            raise UserError(f"--processes: one {reason}; the same command, perhaps with fewer of them, goes on") from error
 
 
 def _work(connection, cores, parent):
     """What a process does until its parent closes the connection."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # Before anything has used a device.
+    os.sched_setaffinity(0, cores)  # Before anything has used a device.
     keep_freed_memory()
     warnings.showwarning = show_warning
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent passes it on.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Within the training loop it asks for a checkpoint.
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    with contextlib.suppress(EOFError, Interrupted):
+    with contextlib.suppress(*_GONE, KeyboardInterrupt):
         while True:
             connection.send(_train(*connection.recv()))
-
-
-def _interrupt(number, frame):
-    raise Interrupted("stopped before the first step")
 
 
 def _end_with(parent):
@@ -167,9 +167,13 @@ def _train(fields, workdir, title):
         config = ml_collections.ConfigDict(fields).lock()
         (result,) = train_many([config], [workdir], titles=[title], together=1, show=False)
         return result, False
-    except BaseException as error:
+    except KeyboardInterrupt:
+        return Interrupted("stopped before the first step"), True
+    except Exception as error:
+        where = "".join(traceback.format_exception(error))
         try:
-            pickle.loads(pickle.dumps(error))
+            error = pickle.loads(pickle.dumps(error))
         except Exception:
-            return RuntimeError(f"{type(error).__name__}: {error}"), True
+            error = RuntimeError(str(error))
+        error.add_note(where)
         return error, True
