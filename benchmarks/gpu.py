@@ -16,6 +16,7 @@ import jax
 import many_runs
 import numpy as np
 from train_step import make_program
+from turns import take_turns
 
 from sast_jax import SpikingConvNet, SpikingMLP
 from sast_jax.allocator import keep_freed_memory
@@ -50,8 +51,8 @@ def quartiles(seconds):
 def time_step(network, rho, num_time_steps, batch_size, rounds):
     """Times a train step."""
     program = make_program(network, True, rho, num_time_steps, batch_size)
-    times = quartiles([program.run() for _ in range(rounds)])
-    return {"milliseconds": times, "compile_seconds": program.compile_seconds, "bytes": program.num_bytes}
+    (seconds,) = take_turns({"step": program.run}, rounds).values()
+    return {"milliseconds": quartiles(seconds), "compile_seconds": program.compile_seconds, "bytes": program.num_bytes}
 
 
 def time_inference(network, num_time_steps, batch_size, rounds):
@@ -60,11 +61,7 @@ def time_inference(network, num_time_steps, batch_size, rounds):
     params = jax.jit(network.init)(jax.random.key(0), frames[:, :1])["params"]
     apply = jax.jit(lambda params, frames: network.apply({"params": params}, frames, "hard").logits)
     frames = jax.device_put(frames)
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(apply(params, frames))
-        seconds.append(time.perf_counter() - start)
+    (seconds,) = take_turns({"inference": lambda: apply(params, frames)}, rounds + 1).values()
     return {"milliseconds": quartiles(seconds[1:]), "compile_seconds": seconds[0]}
 
 

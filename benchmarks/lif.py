@@ -9,19 +9,15 @@ timed where there is a GPU or TPU; on a CPU they are interpreted. Writes `benchm
 into `docs/results.md`.
 """
 
-import argparse
 import functools
-import itertools
-import os
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from publish import publish
+from turns import begin, compare, describe, show, take_turns
 
 from sast_jax import lif, lif_init, lif_step, spike_fn
-from sast_jax.allocator import keep_freed_memory
 from sast_jax.neurons import LIFState, remaining_potential
 from sast_jax.pallas import lif_pallas
 
@@ -97,13 +93,6 @@ if jax.default_backend() != "cpu":
     WAYS["Pallas kernels"] = lambda current: lif_pallas(current, **NEURON)[0]
 
 
-def timed(function, *arguments):
-    """Seconds of a call."""
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start
-
-
 def measure(shape, rounds):
     """Returns a row per way, and the floors."""
     rng = np.random.default_rng(0)
@@ -113,30 +102,22 @@ def measure(shape, rounds):
         spikes, gradient = jax.vjp(way, current)
         return spikes, gradient(cotangent)
 
-    functions = {("copy", "forward"): jax.jit(lambda x: x + 1)}
-    functions |= {(name, "forward"): jax.jit(way) for name, way in WAYS.items()}
-    backward = {(name, "gradient"): jax.jit(functools.partial(with_gradient, way)) for name, way in WAYS.items()}
-    expected = backward["scan", "gradient"](current, cotangent)
+    functions = {("copy", "forward"): functools.partial(jax.jit(lambda x: x + 1), current)}
+    functions |= {(name, "forward"): functools.partial(jax.jit(way), current) for name, way in WAYS.items()}
+    backward = {
+        (name, "gradient"): functools.partial(jax.jit(functools.partial(with_gradient, way)), current, cotangent)
+        for name, way in WAYS.items()
+    }
+    expected = backward["scan", "gradient"]()
     for function in backward.values():
-        for a, b in zip(function(current, cotangent), expected, strict=True):
+        for a, b in zip(function(), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
     for function in functions.values():
-        function(current)
-    seconds = {key: [] for key in (*functions, *backward)}
-    for _, key in itertools.product(range(rounds), seconds):
-        arguments = (current,) if key in functions else (current, cotangent)
-        seconds[key].append(timed((functions | backward)[key], *arguments))
-    seconds = {key: np.array(values) for key, values in seconds.items()}
-    copied = np.median(seconds.pop(("copy", "forward")))  # Reads and writes an array once: 2 passes over it.
+        function()
+    seconds = take_turns(functions | backward, rounds)
+    copied = np.median(seconds["copy", "forward"])  # Reads and writes an array once: 2 passes over it.
     rows = {
-        name: {
-            kind: {
-                "milliseconds": [round(1e3 * float(q), 3) for q in np.quantile(seconds[name, kind], (0.25, 0.5, 0.75))],
-                "ratio": round(float(np.median(seconds[name, kind] / seconds["scan", kind])), 3),
-            }
-            for kind in ("forward", "gradient")
-        }
-        for name in WAYS
+        name: {kind: compare(seconds[name, kind], seconds["scan", kind]) for kind in ("forward", "gradient")} for name in WAYS
     }
     # Passes: current in, spikes out; and potentials out and in, cotangents in and out.
     return rows, {"forward": round(1e3 * copied, 3), "gradient": round(3e3 * copied, 3)}
@@ -147,33 +128,18 @@ def markdown(tables, environment):
     lines = []
     for title, (rows, floor) in tables.items():
         lines += [f"| {title} | forward, ms (quartiles) | ratio | with gradient, ms (quartiles) | ratio |", "|---" * 5 + "|"]
-        for name, row in rows.items():
-            cells = []
-            for kind in ("forward", "gradient"):
-                low, median, high = row[kind]["milliseconds"]
-                cells.append(f"{median:.2f} ({low:.2f} - {high:.2f}) | {row[kind]['ratio']:.2f}")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines += [f"| {name} | {show(row['forward'], 2)} | {show(row['gradient'], 2)} |" for name, row in rows.items()]
         lines += [f"| *floor* | {floor['forward']:.2f} | | {floor['gradient']:.2f} | |", ""]
-    lines.append(
-        "jax {jax} on {cores} {device} cores, {rounds} rounds, load {load_average:.1f} at the start.".format(**environment)
-    )
+    lines.append(describe(environment))
     return "\n".join(lines) + "\n"
 
 
 def main():
     """Measures, then prints and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    keep_freed_memory()
-    environment = {
-        "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "jax": jax.__version__,
-        "rounds": rounds,
+    environment = begin(__doc__)
+    tables = {
+        f"{title}, T {shape[0]}, batch {shape[1]}": measure(shape, environment["rounds"]) for title, shape in SHAPES.items()
     }
-    tables = {f"{title}, T {shape[0]}, batch {shape[1]}": measure(shape, rounds) for title, shape in SHAPES.items()}
     publish("lif", {"environment": environment, "workloads": tables}, markdown(tables, environment))
 
 

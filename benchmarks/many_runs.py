@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from publish import publish
 from train_step import Program
+from turns import take_turns
 
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.config import load_configs
@@ -59,11 +60,9 @@ def make_program(overrides, number):
 def measure(overrides, numbers, rounds):
     """Returns a row per number of runs; the first one is what the others are compared with."""
     programs = {number: make_program(overrides, number) for number in numbers}
-    seconds = {number: [] for number in numbers}
-    for _ in range(rounds):
-        for number, program in programs.items():
-            seconds[number].append(program.run() / number)
-    single = np.array(seconds[numbers[0]])
+    seconds = take_turns({number: program.run for number, program in programs.items()}, rounds)
+    seconds = {number: values / number for number, values in seconds.items()}
+    single = seconds[numbers[0]]
     return [
         {
             "runs": number,

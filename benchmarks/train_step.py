@@ -6,10 +6,7 @@ The candidates take turns, so that a busy machine slows all of them alike; a row
 its time over that of the default. Writes `benchmarks/results/train_step.json` and `.md`, and the table into `docs/results.md`.
 """
 
-import argparse
 import contextlib
-import itertools
-import os
 import time
 from unittest import mock
 
@@ -18,9 +15,9 @@ import numpy as np
 import optax
 from jax import lax
 from publish import publish
+from turns import begin, compare, describe, show, take_turns
 
 from sast_jax import SpikingConvNet, SpikingMLP, sam
-from sast_jax.allocator import keep_freed_memory
 from sast_jax.data import Batch
 from sast_jax.training import init_state, make_train_step
 
@@ -66,11 +63,9 @@ class Program:
         self.run()
 
     def run(self):
-        """Takes one step and returns its seconds."""
-        start = time.perf_counter()
+        """Takes one step."""
         self._state, _ = self._step(self._state, *self._batches)
-        jax.block_until_ready(self._state)
-        return time.perf_counter() - start
+        return self._state
 
 
 def make_program(network, canonical, rho, num_time_steps, batch_size):
@@ -93,16 +88,10 @@ def make_program(network, canonical, rho, num_time_steps, batch_size):
 def measure(candidates, num_time_steps, batch_size, rounds):
     """Returns a row per candidate; the first one is what the others are compared with."""
     compiled = {name: make_program(*candidate, num_time_steps, batch_size) for name, candidate in candidates.items()}
-    seconds = {name: [] for name in compiled}
-    for _, (name, candidate) in itertools.product(range(rounds), compiled.items()):
-        seconds[name].append(candidate.run())
-    reference = np.array(next(iter(seconds.values())))
+    seconds = take_turns({name: candidate.run for name, candidate in compiled.items()}, rounds)
+    reference = next(iter(seconds.values()))
     return {
-        name: {
-            "milliseconds": [round(1e3 * float(q), 2) for q in np.quantile(values, (0.25, 0.5, 0.75))],
-            "ratio": round(float(np.median(np.array(values) / reference)), 3),
-            "compile_seconds": round(compiled[name].compile_seconds, 2),
-        }
+        name: compare(values, reference) | {"compile_seconds": round(compiled[name].compile_seconds, 2)}
         for name, values in seconds.items()
     }
 
@@ -112,32 +101,16 @@ def markdown(tables, environment):
     lines = []
     for workload, rows in tables.items():
         lines += [f"| {workload} | median, ms (quartiles) | ratio | compile, s |", "|---|---|---|---|"]
-        for name, row in rows.items():
-            low, median, high = row["milliseconds"]
-            lines.append(
-                f"| {name} | {median:.1f} ({low:.1f} - {high:.1f}) | {row['ratio']:.2f} | {row['compile_seconds']:.1f} |"
-            )
+        lines += [f"| {name} | {show(row, 1)} | {row['compile_seconds']:.1f} |" for name, row in rows.items()]
         lines.append("")
-    lines.append(
-        "jax {jax} on {cores} {device} cores, {rounds} rounds, load {load_average:.1f} at the start.".format(**environment)
-    )
+    lines.append(describe(environment))
     return "\n".join(lines) + "\n"
 
 
 def main():
     """Measures, then prints and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    keep_freed_memory()
-    environment = {
-        "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "jax": jax.__version__,
-        "rounds": rounds,
-    }
-    tables = {workload: measure(*arguments, rounds) for workload, arguments in WORKLOADS.items()}
+    environment = begin(__doc__)
+    tables = {workload: measure(*arguments, environment["rounds"]) for workload, arguments in WORKLOADS.items()}
     publish("train_step", {"environment": environment, "workloads": tables}, markdown(tables, environment))
 
 

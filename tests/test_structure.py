@@ -42,6 +42,7 @@ LAYERS = [
     {"training.run"},
     {"training.session", "training.theory", "training.together"},
     {"training.loop"},
+    {"training.processes"},
     {"training"},
     {"evaluation.suites", "report", "report.markup"},
     {"report.charts", "report.gather"},
