@@ -10,7 +10,7 @@ Writes `benchmarks/results/axes_<config>.json` and `.md`, `slope_rho_<config>.md
 
 import numpy as np
 from publish import RESULTS, publish
-from transfer_gap import make_parser, numbers, parse, summary, train
+from transfer_gap import make_parser, numbers, parse, summary, train, train_ahead
 
 SETTINGS = {
     "as configured": {},
@@ -25,10 +25,10 @@ SETTINGS = {
 }
 
 
-def run(args, overrides, fields, rho):
-    """The summary of all seeds at a setting."""
+def jobs_of(args, fields, rho):
+    """Variant, seed and fields of the runs of a setting."""
     variant, own = ("sast", {"sam.rho": rho}) if rho else ("baseline", {})
-    return summary([train(args, overrides, variant, seed, **fields, **own) for seed in args.seeds])
+    return [(variant, seed, fields | own) for seed in args.seeds]
 
 
 def show(row, key):
@@ -91,11 +91,16 @@ def main():
     parser.add_argument("--rhos", type=numbers, default=(0.0, 0.1, 0.2, 0.4))
     args, overrides = parse(parser)
 
-    grid = {slope: {rho: run(args, overrides, {"network.slope": slope}, rho) for rho in args.rhos} for slope in args.slopes}
+    grid = {slope: {rho: jobs_of(args, {"network.slope": slope}, rho) for rho in args.rhos} for slope in args.slopes}
     settings = {
-        title: {who: run(args, overrides, fields, rho) for who, rho in (("baseline", 0.0), ("sast", args.rho))}
+        title: {who: jobs_of(args, fields, rho) for who, rho in (("baseline", 0.0), ("sast", args.rho))}
         for title, fields in SETTINGS.items()
     }
+    both = [*grid.values(), *settings.values()]
+    train_ahead(args, overrides, [job for rows in both for jobs in rows.values() for job in jobs])
+    for rows in both:
+        for key, jobs in rows.items():
+            rows[key] = summary([train(args, overrides, variant, seed, **fields) for variant, seed, fields in jobs])
     one = train(args, overrides, "baseline", args.seeds[0])
     text = (
         f"Test accuracy, mean ± standard error over seeds {', '.join(map(str, args.seeds))}; {one['num_train']} training, "

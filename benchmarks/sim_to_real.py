@@ -9,9 +9,11 @@ training image k - 1: the 900 real ones are of the images before 1000. They are 
 here. Finished runs are not repeated. Writes `benchmarks/results/sim_to_real.json` and `.md`.
 """
 
+import itertools
+
 import numpy as np
 from publish import publish
-from transfer_gap import METHODS, cell, describe, make_parser, numbers, parse, run_name, summary, train
+from transfer_gap import METHODS, cell, describe, make_parser, numbers, parse, run_name, summary, train, train_ahead
 
 from sast_jax import load_run
 from sast_jax.data import Recordings, load_dataset
@@ -49,7 +51,7 @@ def markdown(results):
         f"it. One epoch over {data['num_train']} recordings simulated from MNIST training images {first} to {end - 1}, "
         f"{results['num_steps']} steps; simulated test: {data['num_test']} recordings of MNIST's test images; real test: "
         f"{results['num_real']} N-MNIST recordings, of the training images before {FIRST_FREE_IMAGE}. A baseline run: "
-        f"{seconds:.0f} s on {environment['num_cores']} {environment['device'].upper()} cores, not alone on them."
+        f"{seconds:.0f} s on {environment['num_cores']} of the {environment['device'].upper()} cores, not alone on the machine."
     )
     return "\n".join(lines) + f"\n\n{text}\n"
 
@@ -73,16 +75,19 @@ def main():
         "num_epochs=1",
         *overrides,
     ]
+    jobs = [
+        (method, seed, {"sam.rho": args.rho} if method == "sast" else {})
+        for seed, method in itertools.product(args.seeds, METHODS)
+    ]
+    train_ahead(args, overrides, jobs)
     runs, tested = {}, {}
-    for seed in args.seeds:
-        for method in METHODS:
-            fields = {"sam.rho": args.rho} if method == "sast" else {}
-            result = train(args, overrides, method, seed, **fields)
-            runs.setdefault(method, []).append(result)
-            run = load_run(args.workdir / run_name(method, seed, **fields))
-            real = real_recordings(result["config"]["dataset"], args.root)
-            transfer = evaluate_transfer(make_eval_step(run.network), run.params, real, BATCH_SIZE)
-            tested.setdefault(method, []).append({**result, **transfer})
+    for method, seed, fields in jobs:
+        result = train(args, overrides, method, seed, **fields)
+        runs.setdefault(method, []).append(result)
+        run = load_run(args.workdir / run_name(method, seed, **fields))
+        real = real_recordings(result["config"]["dataset"], args.root)
+        transfer = evaluate_transfer(make_eval_step(run.network), run.params, real, BATCH_SIZE)
+        tested.setdefault(method, []).append({**result, **transfer})
     results = {
         **describe(args, [text for text in overrides if not text.startswith("dataset.images")], runs),
         "rho": args.rho,

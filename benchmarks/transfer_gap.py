@@ -21,6 +21,7 @@ from publish import RESULTS, publish
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.config import load_configs
 from sast_jax.training import train_and_evaluate
+from sast_jax.training.processes import Workers
 
 METHODS = {
     "baseline": "surrogate-forward, no SAM",
@@ -45,6 +46,7 @@ def make_parser(description):
     parser.add_argument("--config", required=True, help="config file with the variants baseline, sast and straight_through")
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2))
+    parser.add_argument("--processes", type=int, default=1, help="runs trained side by side, where a script trains ahead")
     return parser
 
 
@@ -67,6 +69,15 @@ def train(args, overrides, variant, seed, **fields):
     """Trains a variant, or finds it trained, and returns its results."""
     name = run_name(variant, seed, **fields)
     return train_and_evaluate(load(args, overrides, variant, seed=seed, **fields), args.workdir / name, title=name)
+
+
+def train_ahead(args, overrides, jobs):
+    """Trains runs, given by variant, seed and fields, side by side if `--processes` says so; `train` then finds them trained."""
+    if args.processes > 1:
+        names = [run_name(variant, seed, **fields) for variant, seed, fields in jobs]
+        configs = [load(args, overrides, variant, seed=seed, **fields) for variant, seed, fields in jobs]
+        with Workers(args.processes) as workers:
+            workers.train(configs, [args.workdir / name for name in names], titles=names, report=lambda i, _: print(names[i]))
 
 
 def run_name(variant, seed, **fields):
@@ -146,7 +157,7 @@ def caption(results):
     """What the numbers of a table are."""
     data, environment = results["data"], results["environment"]
     seeds, (baseline, *_) = ", ".join(map(str, results["seeds"])), results["methods"].values()
-    machine = f"{environment['num_cores']} {environment['device'].upper()} cores"
+    machine = f"{environment['num_cores']} {environment['device'].upper()} core{'s' * (environment['num_cores'] > 1)}"
     return (
         f"Mean ± standard error over seeds {seeds}, listed below it; {data['num_train']} training, {data['num_validation']} "
         f"validation and {data['num_test']} test recordings. A baseline run: {baseline['seconds']['mean']:.0f} s on {machine}."
