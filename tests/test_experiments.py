@@ -358,8 +358,8 @@ def test_processes_that_are_interrupted_leave_checkpoints_and_begin_no_other_run
     assert {folder.name for folder in (tmp_path / "run/selection").iterdir()} == {folder.name for folder in folders}
     config = load_configs(str(folders[0] / "run.json"))[""]
     results = train_and_evaluate(config, folders[0])  # It goes on.
-    steps = [json.loads(line)["num_steps"] for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
-    assert sum(steps) == 2000
+    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 1001))
     assert results["num_gradient_evaluations"] == 4000
 
 
@@ -378,7 +378,6 @@ def test_killed_process_ends_the_sweep_with_a_message_and_a_killed_sweep_its_pro
         assert process.returncode == 2
         assert "--processes: one was killed (signal 9)" in error
         assert "Traceback" not in error
-        assert sum(len(list((folder / "checkpoints").iterdir())) for folder in folders if (folder / "checkpoints").is_dir()) == 1
 
 
 def _wait_for(is_true, process=None):
@@ -403,12 +402,11 @@ def test_errors_of_a_process_are_those_of_the_run(tmp_path):
     config = load_plan(path, overrides).config("baseline", {}, {"seed": 1})
     folder = tmp_path / "of another config"
     write_json(folder / "run.json", {"config": {}, "data": {}, "environment": {}})
-    with Workers(2) as workers:
-        with pytest.raises(UserError, match=r"of another config/run\.json: is damaged"):
-            workers.train([config, config], [folder, folder], titles=["a", "b"])
-        broken.write_bytes(b"1234567")
-        with pytest.raises(UserError, match=r"Train/3/00001.bin: size must be a positive multiple of 5 bytes; got 7"):
-            workers.train([config], [tmp_path / "new"], titles=["c"])
+    with Workers(2) as workers, pytest.raises(UserError, match=r"of another config/run\.json: is damaged"):
+        workers.train([config], [folder], titles=["a"])
+    broken.write_bytes(b"1234567")
+    with Workers(1) as workers, pytest.raises(UserError, match=r"Train/3/00001.bin: size must be a positive multiple of 5 bytes"):
+        workers.train([config], [tmp_path / "new"], titles=["c"])
 
 
 def test_more_processes_than_cores_and_processes_together_are_refused(tmp_path):

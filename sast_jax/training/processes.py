@@ -96,7 +96,7 @@ class Workers:
             The results, in the order of the configs.
 
         Raises:
-            UserError: As `train_many`, or if a process dies.
+            UserError: As `train_many`, or if a process dies. After any error there may be fewer processes; make new ones.
             Interrupted: As `train_many`.
         """
         waiting = list(enumerate(zip(configs, workdirs, titles, strict=True)))[::-1]
@@ -150,6 +150,7 @@ def _work(connection, cores, parent):
     with contextlib.suppress(*_GONE, KeyboardInterrupt):
         while True:
             connection.send(_train(*connection.recv()))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # All is on disk; what is left is leaving.
 
 
 def _end_with(parent):
