@@ -367,7 +367,7 @@ def test_processes_that_are_interrupted_leave_checkpoints_and_begin_no_other_run
 @needs_two_cores
 @pytest.mark.parametrize("who", ["a worker", "the sweep"])
 def test_killed_process_ends_the_sweep_with_a_message_and_a_killed_sweep_its_processes(who, tmp_path):
-    with _long_sweep(tmp_path) as (process, folders):
+    with _long_sweep(tmp_path) as (process, _):
         children = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
         workers = [pid for pid in children if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len(workers) == 2
