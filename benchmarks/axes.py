@@ -89,6 +89,7 @@ def main():
     parser.add_argument("--rho", type=float, required=True)
     parser.add_argument("--slopes", type=numbers, default=(1.0, 2.0, 5.0, 10.0, 25.0))
     parser.add_argument("--rhos", type=numbers, default=(0.0, 0.1, 0.2, 0.4))
+    parser.add_argument("--processes", type=int, default=1, help="runs trained side by side, each on its share of the cores")
     args, overrides = parse(parser)
 
     grid = {slope: {rho: jobs_of(args, {"network.slope": slope}, rho) for rho in args.rhos} for slope in args.slopes}

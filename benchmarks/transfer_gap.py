@@ -46,7 +46,6 @@ def make_parser(description):
     parser.add_argument("--config", required=True, help="config file with the variants baseline, sast and straight_through")
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2))
-    parser.add_argument("--processes", type=int, default=1, help="runs trained side by side, where a script trains ahead")
     return parser
 
 

@@ -17,6 +17,7 @@ from sast_jax.data import (
     decoders,
     evaluation_batches,
     recorded,
+    splits,
 )
 from sast_jax.data.events import EVENT_DTYPE
 from sast_jax.errors import UserError
@@ -56,7 +57,7 @@ def test_impossible_event_is_refused(event):
 @settings(max_examples=30, deadline=None)
 def test_split_is_disjoint_complete_and_in_proportion(seed, num_second):
     labels = np.repeat([0, 1, 2], [30, 20, 10])
-    first, second = data.split(np.arange(60), labels, num_second, seed=seed)
+    first, second = splits.split(np.arange(60), labels, num_second, seed=seed)
     assert sorted([*first, *second]) == list(range(60))
     assert len(second) == num_second
     np.testing.assert_allclose(np.bincount(labels[second], minlength=3), np.array([0.5, 1 / 3, 1 / 6]) * num_second, atol=1.01)
@@ -64,10 +65,10 @@ def test_split_is_disjoint_complete_and_in_proportion(seed, num_second):
 
 def test_split_follows_its_seed_and_refuses_an_empty_first_part():
     labels = np.zeros(40, int)
-    again = [data.split(np.arange(40), labels, 10, seed=seed)[1].tolist() for seed in (1, 1, 2)]
+    again = [splits.split(np.arange(40), labels, 10, seed=seed)[1].tolist() for seed in (1, 1, 2)]
     assert again[0] == again[1] != again[2]
     with pytest.raises(UserError, match=r"dataset.num_test: must be 0 to 39.*got 40"):
-        data.split(np.arange(40), labels, 40, seed=0, what="num_test")
+        splits.split(np.arange(40), labels, 40, seed=0, what="num_test")
 
 
 def test_digits_come_in_disjoint_parts_of_the_stated_sizes_and_from_the_cache():
@@ -125,7 +126,7 @@ def test_folds_test_every_recording_once_but_those_of_the_validation_part(small_
 def test_folds_keep_groups_together_and_differ_in_size_by_one_at_most():
     labels, groups = np.arange(46) % 4, np.arange(46) // 2
     for by, unit in ((None, 1), (groups, 2)):
-        parts = [data.take_fold(np.arange(46), labels, number=k, num_folds=6, seed=1, groups=by) for k in range(6)]
+        parts = [splits.take_fold(np.arange(46), labels, number=k, num_folds=6, seed=1, groups=by) for k in range(6)]
         assert np.array_equal(np.sort(np.concatenate([fold for _, fold in parts])), np.arange(46))
         sizes = [len(fold) for _, fold in parts]
         assert max(sizes) - min(sizes) <= unit
@@ -134,7 +135,7 @@ def test_folds_keep_groups_together_and_differ_in_size_by_one_at_most():
             if by is not None:
                 assert not set(by[others]) & set(by[fold])
     with pytest.raises(UserError, match=r"dataset.fold: 3 persons cannot make 4 folds"):
-        data.take_fold(np.arange(6), labels, number=0, num_folds=4, seed=0, groups=groups)
+        splits.take_fold(np.arange(6), labels, number=0, num_folds=4, seed=0, groups=groups)
 
 
 def test_every_damaged_file_is_named_at_once(small_nmnist):

@@ -21,8 +21,9 @@ from sast_jax.errors import Diverged, Interrupted, UserError
 from sast_jax.experiments import METHODS
 from sast_jax.experiments.board import CLEAR, Board
 from sast_jax.experiments.page import find, render, write_page
+from sast_jax.experiments.plan import load_plan
 from sast_jax.experiments.statistics import paired_test
-from sast_jax.experiments.sweep import STUDY, load_plan, run_study
+from sast_jax.experiments.sweep import STUDY, run_study
 from sast_jax.files import write_json
 from sast_jax.training import train_and_evaluate
 from sast_jax.training.processes import Workers, share_cores
@@ -367,7 +368,7 @@ def test_processes_that_are_interrupted_leave_checkpoints_and_begin_no_other_run
 @needs_two_cores
 @pytest.mark.parametrize("who", ["a worker", "the sweep"])
 def test_killed_process_ends_the_sweep_with_a_message_and_a_killed_sweep_its_processes(who, tmp_path):
-    with _long_sweep(tmp_path) as (process, _):
+    with _long_sweep(tmp_path) as (process, folders):
         children = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
         workers = [pid for pid in children if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len(workers) == 2
@@ -378,6 +379,7 @@ def test_killed_process_ends_the_sweep_with_a_message_and_a_killed_sweep_its_pro
         assert process.returncode == 2
         assert "--processes: one was killed (signal 9)" in error
         assert "Traceback" not in error
+        assert sum(any((folder / "checkpoints").glob("[0-9]*")) for folder in folders) == 1  # Of the other one.
 
 
 def _wait_for(is_true, process=None):

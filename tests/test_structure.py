@@ -21,6 +21,7 @@ LAYERS = [
     {"neurons", "data.cache", "data.camera", "data.corruption", "data.decoders", "data.images"},
     {"pallas"},
     {
+        "data.splits",
         "data.simulated",
         "data.gestures",
         "data.recorded",
@@ -47,7 +48,8 @@ LAYERS = [
     {"evaluation.suites", "report", "report.markup"},
     {"report.charts", "report.gather"},
     {"experiments.board", "experiments.statistics", "experiments.study", "report.page"},
-    {"experiments.page", "experiments.sweep"},
+    {"experiments.comparison", "experiments.page", "experiments.plan"},
+    {"experiments.sweep"},
     {"experiments", "public"},
     {"cli"},
     {"__main__"},

@@ -6,18 +6,18 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from sast_jax import config as config_lib
 from sast_jax.errors import Diverged, UserError, refuse
 from sast_jax.evaluation.calibration import evaluate_calibration
 from sast_jax.experiments.board import Board
-from sast_jax.experiments.statistics import paired_test, summarize
-from sast_jax.experiments.study import BASELINE, Method, Study
+from sast_jax.experiments.comparison import compare
+from sast_jax.experiments.plan import load_plan
+from sast_jax.experiments.study import BASELINE
 from sast_jax.files import only_process, write_json
 from sast_jax.training import load_run, train_many
 from sast_jax.training.build import costs_a_gradient, load_data
@@ -28,116 +28,6 @@ from sast_jax.training.together import default_together
 STUDY, CALIBRATION = "study.json", "calibration.json"
 
 Train = Callable[..., list[Any]]
-
-_OF_THE_STUDY = ("seed", "test", "dataset.fold")
-
-
-class Plan(NamedTuple):
-    """A study with its configs.
-
-    Attributes:
-        study: The study; grids without the fields that were set by hand.
-        configs: Config by name of each method that is trained.
-    """
-
-    study: Study
-    configs: dict[str, ml_collections.ConfigDict]
-
-    def points(self, name: str) -> list[dict[str, Any]]:
-        """Returns the combinations of a method's grid; one, empty, if nothing is selected."""
-        grid = self.study.methods[name].grid
-        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-    def config(self, name: str, point: dict[str, Any], fields: dict[str, Any]) -> ml_collections.ConfigDict:
-        """Returns the locked config of a method at a point of its grid, with further fields."""
-        config = ml_collections.ConfigDict(self.configs[name].to_dict())
-        for key, value in (point | fields).items():
-            config_lib.set_field(config, key, value * self.study.methods[name].epochs if key == "num_epochs" else value)
-        return config.lock()
-
-
-def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
-    """Loads a study's file, which defines `get_study()` and, for each method, `get_config(name)`.
-
-    An override sets a field of all methods but those that differ from the baseline in it; if it is 0 in the baseline, so off,
-    of those that have it on (`sam.rho` of all that use SAM). Where it is set it is not selected any more. Epochs are those of
-    the baseline; a method keeps its factor.
-
-    Raises:
-        UserError: Listing every problem.
-    """
-    study = _load_study(path)
-    trained = [name for name, method in study.methods.items() if not method.calibrates]
-    configs = {name: config_lib.load_configs(f"{path}:{name}", with_data=False)[""] for name in trained}
-    flat = {name: config_lib.flatten(config) for name, config in configs.items()}
-    keys = [text.partition("=")[0] for text in overrides]
-    problems = [f"{key}: is set by the study" for key in keys if key in _OF_THE_STUDY]
-    methods, loaded = dict(study.methods), {}
-    for name in trained:
-        method, config = methods[name], configs[name].copy_and_resolve_references().unlock()
-        keep = frozenset(key for key in keys if name not in _targets(flat, key))
-        found = config_lib.apply_overrides(config, overrides, keep=keep)
-        if "num_epochs" in keys and not found:
-            config.num_epochs *= method.epochs
-        grid = {key: values for key, values in method.grid.items() if key in keep or key not in keys}
-        methods[name], loaded[name] = method._replace(grid=grid), config
-        found = found or config_lib.find_problems(config, with_data=False)
-        problems += [problem for problem in found if problem not in problems]
-    plan = Plan(study._replace(methods=methods), loaded)
-    if not problems:
-        for name in trained:
-            for point in plan.points(name):
-                found = config_lib.find_problems(plan.config(name, point, {"test": False}), with_data=False)
-                problems += [problem for each in found if (problem := f"{name}: {each}") not in problems]
-    refuse(problems, f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} in the study")
-    return plan
-
-
-def _targets(configs, key):
-    """Names of the methods that an override of a field is meant for, given their fields."""
-    common = configs[BASELINE].get(key)
-    differing = {name for name, config in configs.items() if config.get(key) != common and key != "num_epochs"}
-    return differing if differing and common == 0 else configs.keys() - differing
-
-
-def _load_study(path):
-    get_study = config_lib.load_function(path, "get_study")
-    try:
-        study = get_study()
-    except Exception as error:  # A config file is code of the user's and may raise anything.
-        raise UserError(f"--config: get_study() of {str(path)!r}: {type(error).__name__}: {error}") from error
-    is_study = isinstance(study, Study) and all(isinstance(method, Method) for method in study.methods.values())
-    if not is_study:
-        raise UserError(f"--config: get_study() of {str(path)!r} must return a sast_jax.experiments.Study of Methods")
-    seeds = {"seeds": study.seeds, "selection_seeds": study.selection_seeds}
-    problems = [
-        f"{key}: must be different integers from 0 to {config_lib.MAX_SEED}; got {value!r}"
-        for key, value in seeds.items()
-        if len(set(value)) != len(value) or not all(type(seed) is int and 0 <= seed <= config_lib.MAX_SEED for seed in value)
-    ]
-    common = sorted(set(study.seeds) & set(study.selection_seeds))
-    problems += [f"selection_seeds: {common} are also tested; a seed may do one of both"] * bool(common)
-    problems += [f"folds: must be 0 (none) or an integer from 2; got {study.folds!r}"] * (
-        type(study.folds) is not int or study.folds < 0 or study.folds == 1
-    )
-    problems += [f"seeds: {len(study.seeds)} cannot be tested equally often on {study.folds} folds; take a multiple"] * (
-        not problems and bool(study.folds) and len(study.seeds) % study.folds > 0
-    )
-    problems += ["seeds: at least 2 are needed for a standard error"] * (len(study.seeds) < 2)
-    problems += [f"methods: there must be one called {BASELINE!r}"] * (BASELINE not in study.methods)
-    for name, method in study.methods.items():
-        problems += [f"methods: {name!r} is no name of a folder"] * (not config_lib.is_name(name))
-        problems += [f"{name}: there is no field {key!r}" for key in method.grid if key not in config_lib.SCHEMA]
-        problems += [f"{name}: {key} has no values" for key, values in method.grid.items() if not values]
-        problems += [f"{name}: {key} is set by the study" for key in method.grid if key in _OF_THE_STUDY]
-        problems += [f"{name}: selects, so there must be selection_seeds"] * bool(method.grid and not study.selection_seeds)
-        parent = study.methods.get(method.calibrates)
-        problems += [f"{name}: calibrates {method.calibrates!r}, which is no trained method of the study"] * bool(
-            method.calibrates and (parent is None or parent.calibrates)
-        )
-        problems += [f"{name}: calibrates, so it selects nothing itself"] * bool(method.calibrates and method.grid)
-    refuse(problems, f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} in the study")
-    return study
 
 
 def run_study(
@@ -388,79 +278,3 @@ class _Sweep:
             "wall_time_seconds": parent["wall_time_seconds"] + found["seconds"],
             "calibration": found["chosen"],
         }
-
-
-def compare(
-    name: str,
-    overrides: Sequence[str],
-    study: Study,
-    selection: dict[str, list[dict[str, Any]]],
-    tested: dict[str, list[dict[str, Any]]],
-) -> dict[str, Any]:
-    """Returns means, standard errors, costs and paired tests of the runs of a study.
-
-    Args:
-        name: Name of the study.
-        overrides: What was set by hand.
-        study: The study.
-        selection: Rows of each trained method's grid, the selected one first.
-        tested: Results of the runs of each method, in the order of the seeds.
-
-    Returns:
-        Accuracies in percent, gaps in points; costs also as ratios to the baseline, that of time the median over seeds.
-    """
-    methods: dict[str, Any] = {}
-    for key, runs in tested.items():
-        method = study.methods[key]
-        methods[key] = {
-            "title": method.title,
-            "reference": method.reference,
-            "reported": method.reported,
-            "selected": selection[method.calibrates or key][0]["values"] if selection[method.calibrates or key] else {},
-            "surrogate": summarize([100 * run["surrogate_accuracy"] for run in runs]),
-            "hard": summarize([100 * run["hard_accuracy"] for run in runs]),
-            "gap": summarize([100 * run["transfer_gap"] for run in runs]),
-            "gap_size": summarize([100 * abs(run["transfer_gap"]) for run in runs]),
-            "gradient_evaluations": summarize([run["num_gradient_evaluations"] for run in runs]),
-            "seconds": summarize([run["wall_time_seconds"] for run in runs]),
-        }
-        if method.calibrates:
-            methods[key]["calibration"] = [run["calibration"] for run in runs]
-        elif all(run.get("validation") for run in runs):  # Thresholds are fitted to it.
-            methods[key]["validation_hard"] = summarize([100 * run["validation"]["hard_accuracy"] for run in runs])
-    baseline = methods[BASELINE]
-
-    def costs(row, control):
-        return {
-            "gradients_ratio": row["gradient_evaluations"]["mean"] / control["gradient_evaluations"]["mean"],
-            "time_ratio": float(np.median(np.divide(row["seconds"]["values"], control["seconds"]["values"]))),
-        }
-
-    for key, row in methods.items():
-        row |= costs(row, baseline)
-        row["comparisons"] = [
-            {
-                "control": control,
-                **costs(row, methods[control]),
-                **{
-                    what: paired_test(row[what]["values"], methods[control][what]["values"])
-                    for what in ("hard", "gap_size", "surrogate")
-                },
-            }
-            for control in study.methods[key].controls
-            if control in methods
-        ]
-    one = tested[BASELINE][0]
-    return {
-        "name": name,
-        "question": study.question,
-        "overrides": [text for text in overrides if text.partition("=")[0] not in MAY_MOVE],
-        "seeds": list(study.seeds),
-        "selection_seeds": list(study.selection_seeds),
-        "folds": study.folds,
-        "data": {key: one[key] for key in ("num_train", "num_validation", "num_test")},
-        "environment": one["environment"],
-        "num_cores": sorted({run["environment"]["num_cores"] for runs in tested.values() for run in runs}),
-        "methods": methods,
-        "selection": {key: rows for key, rows in selection.items() if rows},
-    }

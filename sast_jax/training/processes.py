@@ -40,6 +40,7 @@ def share_cores(number: int) -> list[set[int]]:
     return [set(part.tolist()) for part in np.array_split(cores, number)]
 
 
+# Not an executor of concurrent.futures: that gives a process its next run ahead and cannot ask one in progress for a checkpoint.
 class Workers:
     """Processes that train runs, one run each at a time.
 
