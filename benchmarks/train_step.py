@@ -23,7 +23,7 @@ from sast_jax.training import init_state, make_train_step
 
 
 def plain_convolution(images, kernel):
-    """The convolution of `sast_jax.networks` with the gradient that jax derives."""
+    """The same convolution with the gradient that jax derives."""
     return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -79,7 +79,7 @@ def make_program(network, canonical, rho, num_time_steps, batch_size):
 
     batches = (draw(), draw()) if rho else (draw(),)
     tx = optax.chain(sam(rho), optax.adam(1e-3)) if rho else optax.adam(1e-3)
-    convolution = mock.patch("sast_jax.networks.convolution", plain_convolution)
+    convolution = mock.patch("sast_jax.convolution.convolution", plain_convolution)
     with contextlib.nullcontext() if canonical else convolution:
         state = init_state(network, tx, np.zeros(shape)[:, :1], seed=0)
         return Program(make_train_step(network, tx, "surrogate"), state, batches)

@@ -7,9 +7,8 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
+from sast_jax.convolution import Convolution
 from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, lif_step, rate_readout
 from sast_jax.pallas import lif_pallas
 from sast_jax.spikes import Mode, SpikeFn, spike_fn
@@ -73,74 +72,6 @@ class Calibration(NamedTuple):
 
     thresholds: tuple[jax.typing.ArrayLike, ...]
     gains: tuple[jax.typing.ArrayLike, ...]
-
-
-@jax.custom_vjp
-def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolution with stride 1 and zero padding to the same size, with a gradient that is fast inside a loop.
-
-    XLA rewrites the gradient of a convolution for its fast kernels, but not inside a while loop (jax issue 12868), so the
-    weight gradient is written here as a convolution of explicitly transposed operands: images as the channels they are
-    contracted over, the output's cotangent as the kernel.
-
-    Args:
-        images: `[B, H, W, C]`.
-        kernel: `[h, w, C, F]`.
-
-    Returns:
-        `[B, H, W, F]`.
-    """
-    return _convolution(images, kernel, _same_padding(kernel))
-
-
-def _same_padding(kernel):
-    return [((size - 1) // 2, size // 2) for size in kernel.shape[:2]]
-
-
-def _convolution(images, kernel, padding):
-    return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def _convolution_fwd(images, kernel):
-    return _convolution(images, kernel, _same_padding(kernel)), (images, kernel)
-
-
-def _convolution_bwd(residuals, cotangent):
-    images, kernel = residuals
-    padding = _same_padding(kernel)
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    images_cotangent = _convolution(cotangent, flipped, [(high, low) for low, high in padding])
-    operands = images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
-    kernel_cotangent = _convolution(*lax.optimization_barrier(operands), padding)
-    return images_cotangent, kernel_cotangent.transpose(1, 2, 0, 3)
-
-
-convolution.defvjp(_convolution_fwd, _convolution_bwd)
-
-
-class Convolution(nn.Module):
-    """`convolution` with a bias; weights as in `flax.linen.Conv`.
-
-    Attributes:
-        features: Number of output channels F.
-        kernel_size: Height and width of the kernel.
-        kernel_init: Initializer of the kernel.
-        dtype: To what images and weights are cast; `None`: not at all.
-    """
-
-    features: int
-    kernel_size: int
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Applies it to `[B, H, W, C]`."""
-        shape = self.kernel_size, self.kernel_size, images.shape[-1], self.features
-        kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
-        return convolution(images, kernel) + bias
 
 
 class SpikingNetwork(nn.Module):
@@ -401,8 +332,11 @@ class SpikingConvNet(SpikingNetwork):
     def pool(self, index: int, x: jax.Array) -> jax.Array:
         """Pools what reaches any layer but the first."""
         if index > 0:
-            window = (self.pool_size, self.pool_size)
-            x = nn.pool(x, np.zeros((), x.dtype), lax.add, window, window, "VALID")
+            # Not `nn.pool`, whose gradient takes longer on a CPU.
+            size = self.pool_size
+            batch_size, height, width, channels = x.shape
+            rows, columns = height // size, width // size
+            x = x[:, : rows * size, : columns * size].reshape(batch_size, rows, size, columns, size, channels).sum((2, 4))
         return x if index < len(self.features) else x.reshape(x.shape[0], -1)
 
     def pool_area(self, index: int) -> int:

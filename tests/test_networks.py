@@ -7,7 +7,7 @@ from jax.test_util import check_grads
 
 from sast_jax import SpikingConvNet, SpikingMLP, sam, spike_fn
 from sast_jax.data import Batch
-from sast_jax.networks import Calibration, convolution
+from sast_jax.networks import Calibration
 from sast_jax.training import init_state, make_train_step
 
 CONV = {"num_classes": 3, "features": (4, 5), "kernel_size": 3}
@@ -97,21 +97,6 @@ def test_gradient_of_a_whole_network_in_surrogate_mode_is_exact(frames, float64)
     check_grads(
         lambda params: jnp.sum(net.apply({"params": params}, frames).logits ** 2), (params,), order=1, modes=("rev",), rtol=1e-4
     )
-
-
-@pytest.mark.parametrize("size", [(3, 3), (5, 5), (2, 4)])
-def test_convolution_agrees_with_lax_in_value_and_gradient(size, float64):
-    rng = np.random.default_rng(0)
-    images, kernel, cotangent = (rng.normal(size=shape) for shape in ((3, 7, 6, 2), (*size, 2, 4), (3, 7, 6, 4)))
-    reference = jax.vjp(
-        lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
-        images,
-        kernel,
-    )
-    ours = jax.vjp(convolution, images, kernel)
-    np.testing.assert_allclose(ours[0], reference[0], atol=1e-10)
-    for a, b in zip(ours[1](cotangent), reference[1](cotangent), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-10)
 
 
 def test_initial_weights_have_the_stated_spread(frames):

@@ -17,7 +17,7 @@ LAYERS = [
     {"accumulation", "allocator", "errors"},
     {"devices", "files"},
     {"compilation"},
-    {"spikes", "sam", "data.events"},
+    {"convolution", "spikes", "sam", "data.events"},
     {"neurons", "data.cache", "data.camera", "data.corruption", "data.decoders", "data.images"},
     {"pallas"},
     {

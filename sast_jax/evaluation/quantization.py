@@ -37,10 +37,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sast_jax.convolution import convolution
 from sast_jax.data import Batch, Recordings, evaluation_batches, take_batch
 from sast_jax.evaluation.outputs import BATCH_SIZE, map_recordings, predict_logits, trace
 from sast_jax.evaluation.synops import count, evaluate_synops
-from sast_jax.networks import SpikingNetwork, convolution
+from sast_jax.networks import SpikingNetwork
 
 Granularity = Literal["tensor", "channel"]
 DecayForm = Literal["fraction", "power"]

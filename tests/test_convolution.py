@@ -1,0 +1,101 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sast_jax.convolution import CACHE_BYTES, Convolution, convolution
+
+
+def draw(batch_size, height, width, size, channels, features, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    shapes = (batch_size, height, width, channels), (*size, channels, features), (batch_size, height, width, features)
+    return [rng.normal(size=shape).astype(dtype) for shape in shapes]
+
+
+def by_hand(images, kernel):
+    """Taps one by one, in NumPy."""
+    (heights, widths), (height, width) = kernel.shape[:2], images.shape[1:3]
+    tops, lefts = (heights - 1) // 2, (widths - 1) // 2
+    padded = np.pad(images, ((0, 0), (tops, heights // 2), (lefts, widths // 2), (0, 0)))
+    return sum(padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(heights) for j in range(widths))
+
+
+def reference(images, kernel):
+    return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+SHAPES = {
+    **{
+        f"few channels, {height}x{width}, kernel {size[0]}x{size[1]}": (3, height, width, size, 2, 4)
+        for height, width in ((7, 6), (8, 9))
+        for size in ((1, 1), (2, 4), (3, 3), (5, 5), (4, 7))
+    },
+    "more channels": (3, 7, 6, (5, 5), 6, 4),
+    "many features": (3, 7, 6, (3, 2), 2, 32),
+    "larger than the cache": (8, 21, 20, (5, 3), 6, 16),
+    "rows larger than the cache": (50, 5, 64, (3, 3), 1, 16),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_convolution_agrees_with_its_definition_in_value_and_with_lax_in_gradient(shape, float64):
+    images, kernel, cotangent = draw(*shape)
+    value, gradient = jax.vjp(jax.jit(convolution), images, kernel)
+    np.testing.assert_allclose(value, by_hand(images, kernel), atol=1e-10)
+    _, expected = jax.vjp(reference, images, kernel)
+    for a, b in zip(gradient(cotangent), expected(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+def test_shapes_above_reach_all_ways_of_work():
+    size = {name: draw(*shape)[2].nbytes for name, shape in SHAPES.items()}
+    assert size["larger than the cache"] > 1.5 * CACHE_BYTES
+    _, height, *_ = SHAPES["rows larger than the cache"]
+    assert size["rows larger than the cache"] / height > 1.5 * CACHE_BYTES
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_convolution_keeps_the_dtype_in_value_and_gradient(dtype):
+    images, kernel, cotangent = (jnp.asarray(x, dtype) for x in draw(2, 6, 6, (3, 3), 2, 4))
+    value, gradient = jax.vjp(convolution, images, kernel)
+    assert {x.dtype for x in (value, *gradient(cotangent))} == {jnp.dtype(dtype)}
+
+
+def test_sums_of_integers_are_exact():
+    rng = np.random.default_rng(0)
+    images, kernel = (rng.integers(-99, 99, shape).astype(np.int32) for shape in ((2, 7, 6, 2), (5, 5, 2, 4)))
+    np.testing.assert_array_equal(convolution(images, kernel), by_hand(images, kernel))
+
+
+def test_only_cpus_take_it_in_blocks_and_rows():
+    images, kernel, cotangent = draw(32, 21, 20, (5, 3), 2, 16, np.float32)
+
+    def gradient(images, kernel, cotangent):
+        value, gradient = jax.vjp(convolution, images, kernel)
+        return value, gradient(cotangent)
+
+    def count(platform):
+        program = jax.jit(gradient).trace(images, kernel, cotangent).lower(lowering_platforms=(platform,))
+        return program.as_text().count("stablehlo.convolution")
+
+    assert (count("cuda"), count("tpu")) == (3, 3)
+    assert count("cpu") > 3
+
+
+def test_gradient_may_be_differentiated_again(float64):
+    images, kernel, cotangent = draw(3, 7, 6, (5, 5), 2, 4)
+
+    def second(convolve):
+        inner = jax.grad(lambda kernel: jnp.sum(cotangent * jnp.tanh(convolve(images, kernel))))
+        return jax.grad(lambda kernel: jnp.sum(inner(kernel) ** 2))(kernel)
+
+    np.testing.assert_allclose(second(convolution), second(reference), rtol=1e-8)
+
+
+def test_weights_are_those_of_flax():
+    images = draw(3, 7, 6, (5, 5), 2, 4, np.float32)[0]
+    ours, theirs = Convolution(4, 5), nn.Conv(4, (5, 5))
+    params = theirs.init(jax.random.key(0), images)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, ours.init(jax.random.key(0), images)))
+    np.testing.assert_allclose(ours.apply(params, images), theirs.apply(params, images), atol=1e-5)
