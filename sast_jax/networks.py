@@ -198,17 +198,31 @@ class SpikingNetwork(nn.Module):
             states, spikes, outputs = run(network, states, frames, neurons, gains)
             return states, (outputs, spikes, measure_activity(spikes))
 
-        outputs, spikes, activity = self._in_chunks(run_chunk, frames)
+        outputs, spikes, activity = self._in_chunks(run_chunk, self._resting_states(frames), frames)
         logits = rate_readout(outputs) if self.readout == "rate" else leaky_readout(outputs, self.readout_decay)
         return NetworkOutput(logits, spikes, jax.tree.map(jnp.mean, activity))
 
-    def _in_chunks(self, run_chunk, frames):
+    def _resting_states(self, frames):
+        """Returns the state of each layer of spiking neurons before the first step. A network of its own shows the shapes."""
+        network, key = self.clone(parent=None, name=None), jax.random.key(0)
+        shapes, _ = jax.eval_shape(functools.partial(network.init_with_output, method="_currents"), key, frames[0])
+        return tuple(lif_init(current) for current in shapes)
+
+    def _currents(self, x):
+        """Returns the current of each layer of spiking neurons where currents stand for spikes."""
+        currents = []
+        for index in range(self.num_spiking):
+            x = self.current(index, x)
+            currents.append(x)
+        return currents
+
+    def _in_chunks(self, run_chunk, states, frames):
         num_time_steps, chunk = len(frames), self.time_chunk
         if not chunk or chunk >= num_time_steps:
-            return run_chunk(self, None, frames)[1]
-        # The first chunk, and the shorter one if there is one, stands before the loop: it creates the weights and the states.
+            return run_chunk(self, states, frames)[1]
+        # What is left over of whole chunks stands before the loop.
         run_chunk, first = nn.remat(run_chunk, prevent_cse=False), (num_time_steps - 1) % chunk + 1
-        states, head = run_chunk(self, None, frames[:first])
+        states, head = run_chunk(self, states, frames[:first])
         scan = nn.scan(run_chunk, variable_broadcast="params", split_rngs={"params": False})
         _, tail = scan(self, states, frames[first:].reshape(-1, chunk, *frames.shape[1:]))
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[2:])]), head, tail)
@@ -237,8 +251,7 @@ class SpikingNetwork(nn.Module):
             current = self.current(index, x.reshape(-1, *x.shape[2:]))
             x = current.reshape(num_time_steps, batch_size, *current.shape[1:])
             if index < self.num_spiking:
-                state = None if states is None else states[index]
-                x, state = run(x, initial_state=state, **neurons[index])
+                x, state = run(x, initial_state=states[index], **neurons[index])
                 new_states.append(state)
                 spikes.append(x)
                 x = x if gains is None else gains[index] * x
@@ -250,25 +263,14 @@ class SpikingNetwork(nn.Module):
             for index in range(len(network.synapses)):
                 x = network.current(index, x)
                 if index < network.num_spiking:
-                    state = lif_init(x) if states is None else states[index]
-                    new_states.append(lif_step(state, x, **neurons[index]))
+                    new_states.append(lif_step(states[index], x, **neurons[index]))
                     x = new_states[-1].spikes
                     x = x if gains is None else gains[index] * x
             return tuple(new_states), (tuple(state.spikes for state in new_states), x)
 
-        scan = nn.scan(
-            step,
-            variable_broadcast="params",
-            split_rngs={"params": False},
-            unroll=self.unroll or max(1, len(frames) - (states is None)),
-        )
-        if states is not None:
-            states, (spikes, outputs) = scan(self, states, frames)
-            return states, spikes, outputs
-        # The first step stands before the loop: it creates the weights and shows the shapes of the states.
-        states, first = step(self, None, frames[0])
-        states, rest = scan(self, states, frames[1:])
-        return states, *jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self.unroll or len(frames))
+        states, (spikes, outputs) = scan(self, states, frames)
+        return states, spikes, outputs
 
 
 class SpikingMLP(SpikingNetwork):
