@@ -9,6 +9,12 @@ import pytest
 from sast_jax.config import load_configs
 from sast_jax.data.cache import Recordings
 
+# Tests compile far more than they compute: the compiler's passes after XLA's own are left out, which halves their time.
+# `.ci/release` runs the tests on programs compiled as users' are. The flag is read when jax is first used.
+OPTIMIZATION = "--xla_backend_optimization_level"
+if OPTIMIZATION not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OPTIMIZATION}=0"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
@@ -27,6 +33,12 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def four_devices(monkeypatch):
+    """Python processes started by the test have four virtual devices."""
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4")
 
 
 @pytest.fixture

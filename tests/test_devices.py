@@ -1,7 +1,6 @@
 """Training on several devices and by several processes equals training on one."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -101,15 +100,13 @@ print("done")
 """
 
 
-def python(code, **variables):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", **variables}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+def python(code):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+@pytest.mark.usefixtures("four_devices")
 def test_step_evaluation_and_batches_on_four_devices_equal_those_on_one_and_each_device_may_climb_its_own_gradient():
     assert python(STEPS) == "done\n"
 
@@ -140,11 +137,11 @@ def assert_runs_equal(a, b):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("four_devices")
 def test_runs_on_four_devices_equal_those_on_one_and_many_runs_share_devices(tiny, small_nmnist, tmp_path):
     overrides = [*TINY, f"dataset.root={small_nmnist}", "num_epochs=2", "batch_size=8"]
     command = [sys.executable, "-c", RUNS, str(tmp_path), *overrides]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == ["4", "{(4, 4)}"]
     for seed in (0, 3):

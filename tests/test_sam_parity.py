@@ -162,7 +162,7 @@ assert len(results[1]["readout"]["kernel"].sharding.device_set) == 4
 """
 
 
-def test_four_devices_agree_with_one(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+@pytest.mark.usefixtures("four_devices")
+def test_four_devices_agree_with_one():
     done = subprocess.run([sys.executable, "-W", "error", "-c", SHARDED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
