@@ -2,9 +2,9 @@
 
     python benchmarks/convolution.py
 
-The ways take turns; a ratio is the median, over the rounds, of a time over that of `jax.lax.conv_general_dilated` and the
-gradient that jax derives, outside of any loop. Results are compared first. Writes `benchmarks/results/convolution.json` and `.md`,
-and the table into `docs/results.md`.
+The ways take turns; a ratio is the median, over the rounds, of a time over that of `jax.lax.conv_general_dilated` and of the
+gradient that jax derives, outside of any loop. Both with and without `spread_convolutions`, each in a process of its own. Results
+are compared first. Writes `benchmarks/results/convolution.json` and `.md`, and the table into `docs/results.md`.
 """
 
 import functools

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sast_jax.allocator import keep_freed_memory
+from sast_jax.compilation import spread_convolutions
 
 
 def take_turns(functions, rounds):
@@ -41,6 +42,7 @@ def begin(description):
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     keep_freed_memory()
+    spread_convolutions()
     return {
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sast_jax.allocator import keep_freed_memory
-from sast_jax.compilation import keep_compiled
+from sast_jax.compilation import keep_compiled, spread_convolutions
 from sast_jax.errors import Interrupted, UserError, refuse, show_warning
 
 EXIT_USER_ERROR = 2
@@ -297,6 +297,7 @@ def entry_point() -> None:
         signal.signal(number, _leave)
     keep_freed_memory()
     keep_compiled()
+    spread_convolutions()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # A folder's name may not be text.
     warnings.showwarning = show_warning
     status = main()
