@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sast_jax.convolution import CACHE_BYTES, Convolution, convolution
+from sast_jax.convolution import Convolution, convolution
 
 
 def draw(batch_size, height, width, size, channels, features, dtype=np.float64):
@@ -27,14 +27,11 @@ def reference(images, kernel):
 
 SHAPES = {
     **{
-        f"few channels, {height}x{width}, kernel {size[0]}x{size[1]}": (3, height, width, size, 2, 4)
-        for height, width in ((7, 6), (8, 9))
-        for size in ((1, 1), (2, 4), (3, 3), (5, 5), (4, 7))
+        f"few channels, {height}x{width}, kernel {size[0]}x{size[1]}": (3, height, width, size, channels, 4)
+        for (height, width), channels in (((7, 6), 2), ((8, 9), 3))
+        for size in ((1, 1), (2, 4), (3, 3), (5, 5), (5, 8), (7, 6))
     },
     "more channels": (3, 7, 6, (5, 5), 6, 4),
-    "many features": (3, 7, 6, (3, 2), 2, 32),
-    "larger than the cache": (8, 21, 20, (5, 3), 6, 16),
-    "rows larger than the cache": (50, 5, 64, (3, 3), 1, 16),
 }
 
 
@@ -48,16 +45,9 @@ def test_convolution_agrees_with_its_definition_in_value_and_with_lax_in_gradien
         np.testing.assert_allclose(a, b, atol=1e-9)
 
 
-def test_shapes_above_reach_all_ways_of_work():
-    size = {name: draw(*shape)[2].nbytes for name, shape in SHAPES.items()}
-    assert size["larger than the cache"] > 1.5 * CACHE_BYTES
-    _, height, *_ = SHAPES["rows larger than the cache"]
-    assert size["rows larger than the cache"] / height > 1.5 * CACHE_BYTES
-
-
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_convolution_keeps_the_dtype_in_value_and_gradient(dtype):
-    images, kernel, cotangent = (jnp.asarray(x, dtype) for x in draw(2, 6, 6, (3, 3), 2, 4))
+    images, kernel, cotangent = (jnp.asarray(x, dtype) for x in draw(2, 6, 6, (5, 5), 2, 4))
     value, gradient = jax.vjp(convolution, images, kernel)
     assert {x.dtype for x in (value, *gradient(cotangent))} == {jnp.dtype(dtype)}
 
@@ -68,19 +58,14 @@ def test_sums_of_integers_are_exact():
     np.testing.assert_array_equal(convolution(images, kernel), by_hand(images, kernel))
 
 
-def test_only_cpus_take_it_in_blocks_and_rows():
-    images, kernel, cotangent = draw(32, 21, 20, (5, 3), 2, 16, np.float32)
+def test_only_cpus_take_images_of_few_channels_in_blocks():
+    images, kernel, _ = draw(8, 21, 20, (5, 5), 2, 16, np.float32)
 
-    def gradient(images, kernel, cotangent):
-        value, gradient = jax.vjp(convolution, images, kernel)
-        return value, gradient(cotangent)
+    def program(platform):
+        return jax.jit(convolution).trace(images, kernel).lower(lowering_platforms=(platform,)).as_text()
 
-    def count(platform):
-        program = jax.jit(gradient).trace(images, kernel, cotangent).lower(lowering_platforms=(platform,))
-        return program.as_text().count("stablehlo.convolution")
-
-    assert (count("cuda"), count("tpu")) == (3, 3)
-    assert count("cpu") > 3
+    assert "tensor<8x11x10x64xf32>" in program("cpu")
+    assert "x64xf32" not in program("cuda") + program("tpu")
 
 
 def test_gradient_may_be_differentiated_again(float64):
