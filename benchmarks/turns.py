@@ -36,20 +36,20 @@ def show(row, digits):
     return f"{median} ({low} - {high}) | {row['ratio']:.2f}"
 
 
+def prepare(spread=True):
+    """Prepares the process as the command does, and describes where it runs."""
+    keep_freed_memory()
+    if spread:
+        spread_convolutions()
+    return {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__}
+
+
 def begin(description):
     """Reads the number of rounds from the command line, prepares the process, and describes both."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    keep_freed_memory()
-    spread_convolutions()
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "jax": jax.__version__,
-        "rounds": rounds,
-    }
+    return prepare() | {"load_average": os.getloadavg()[0], "rounds": rounds}
 
 
 def describe(environment):
