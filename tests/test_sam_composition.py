@@ -97,7 +97,10 @@ def assert_equal_by_hand(composed, base, num_steps=4, **extra):
 
 @pytest.mark.parametrize(("make", "arguments"), list(alone()))
 def test_chain_with_every_optimizer_equals_two_gradients_by_hand(make, arguments):
-    assert_equal_by_hand(optax.chain(sam(RHO), make(**arguments)), make(**arguments))
+    base = make(**arguments)
+    # A part of an optimizer has no learning rate: at steps as long as its output, rounding grows a hundredfold in four of them.
+    base = optax.chain(base, optax.scale(-0.1)) if make.__name__.startswith("scale_by") else base
+    assert_equal_by_hand(optax.chain(sam(RHO), base), base)
 
 
 # These see signs alone, or hardly move within a few steps, and go the same way with and without a perturbation.
