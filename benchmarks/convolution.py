@@ -1,4 +1,4 @@
-"""Time of one convolution and of its weight gradient, as jax has them and as sast_jax has them, on one core and on all.
+"""Time of one convolution and of its weight gradient, as jax has them and as sast_jax has them, alone and spread over all cores.
 
     python benchmarks/convolution.py
 
@@ -82,12 +82,12 @@ def main():
     parser.add_argument("--child", choices=("alone", "spread"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     environment = {"load_average": os.getloadavg()[0], "rounds": args.rounds}
-    environment |= prepare(spread=args.child != "alone")
+    environment |= prepare(spread=args.child == "spread")
     if args.child:
         json.dump({title: measure(*layer) for title, layer in LAYERS.items()}, sys.stdout)
         return
     rounds = [{how: child(how) for how in ("alone", "spread")} for _ in range(args.rounds)]
-    titles = {"alone": "on one core", "spread": "on all cores"}
+    titles = {"alone": "as jax comes", "spread": "spread"}
     tables = {}
     for layer in LAYERS:
 
