@@ -9,7 +9,7 @@ import pytest
 from sast_jax.config import load_configs
 from sast_jax.data.cache import Recordings
 
-# Tests compile far more than they compute: the compiler's passes after XLA's own are left out, which halves their time.
+# Tests compile far more than they compute: the compiler's passes after XLA's own are left out.
 # `.ci/release` runs the tests on programs compiled as users' are. The flag is read when jax is first used.
 OPTIMIZATION = "--xla_backend_optimization_level"
 if OPTIMIZATION not in os.environ.get("XLA_FLAGS", ""):

@@ -42,7 +42,7 @@ def test_convolution_agrees_with_its_definition_in_value_and_with_lax_in_gradien
     np.testing.assert_allclose(value, by_hand(images, kernel), atol=1e-10)
     _, expected = jax.vjp(reference, images, kernel)
     for a, b in zip(gradient(cotangent), expected(cotangent), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-9)
+        np.testing.assert_allclose(a, b, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
