@@ -1,6 +1,7 @@
 r"""Where there is a transfer gap, and where SAST narrows it: one property of the network at a time, slope against radius.
 
-    python benchmarks/axes.py --config=configs/digits.py --workdir=runs/axes_digits --rho=0.2 --seeds=0,1,2
+    python benchmarks/axes.py --config=configs/digits.py --workdir=runs/axes_digits --rho=0.2 --config.dataset.downsample=2 \
+        --processes=2
 
 Every setting is the config with what its row says, trained plainly and by SAST with radius `--rho`; the map takes all
 combinations of `--slopes` and `--rhos`. Nothing is selected: all that was trained is shown. Finished runs are not repeated.
@@ -103,12 +104,15 @@ def main():
         for key, jobs in rows.items():
             rows[key] = summary([train(args, overrides, variant, seed, **fields) for variant, seed, fields in jobs])
     one = train(args, overrides, "baseline", args.seeds[0])
+    changes = [text for text in overrides if not text.startswith("dataset.root")]
     text = (
-        f"Test accuracy, mean ± standard error over seeds {', '.join(map(str, args.seeds))}; {one['num_train']} training, "
+        f"{', '.join([args.config, *changes])}. Test accuracy, mean ± standard error over seeds "
+        f"{', '.join(map(str, args.seeds))}; {one['num_train']} training, "
         f"{one['num_validation']} validation and {one['num_test']} test recordings, {one['config']['num_epochs']} epochs."
     )
     name = args.config.rpartition("/")[2].removesuffix(".py")
     results = {
+        "overrides": changes,
         "seeds": args.seeds,
         "rho": args.rho,
         "environment": one["environment"],

@@ -16,11 +16,18 @@ if OPTIMIZATION not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OPTIMIZATION}=0"
 
 
+@pytest.fixture(scope="session")
+def _shared(tmp_path_factory):
+    """A folder of this run of the tests, of all its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory):
+def _own_cache(_shared):
     """No test reads or writes the user's cache."""
     before = os.environ.get("SAST_JAX_CACHE")
-    os.environ["SAST_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["SAST_JAX_CACHE"] = str(_shared / "cache")
     yield
     os.environ.pop("SAST_JAX_CACHE")
     if before is not None:
@@ -28,9 +35,9 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _compile_once(tmp_path_factory):
+def _compile_once(_shared):
     """Equal programs of different tests are compiled once; many tests train the same small network."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_compilation_cache_dir", str(_shared / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -450,6 +450,7 @@ PATHS = sorted(Path("configs").glob("study_*.py"))
 SMALL = {
     Path("configs/study_digits_small.py"): {"dataset.downsample", "network.features"},
     Path("configs/study_nmnist_small.py"): {"dataset.downsample", "num_epochs"},
+    Path("configs/study_gestures_small.py"): {"dataset.downsample"},
 }
 """Cheaper studies, and in what their baseline differs from that of the data set, but for how often it is evaluated."""
 TRAINED = [name for name, method in METHODS.items() if not method.calibrates]
