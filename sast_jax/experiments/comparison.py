@@ -1,6 +1,6 @@
 """Methods compared over their tested runs: means, costs, and each against its controls."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,9 @@ import numpy as np
 from sast_jax.experiments.statistics import paired_test, summarize
 from sast_jax.experiments.study import BASELINE, Study
 from sast_jax.training.run import MAY_MOVE
+
+CHEAP = 1.3
+"""Gradients, as a ratio to the baseline's, up to which a method is recommended."""
 
 
 def compare(
@@ -84,3 +87,23 @@ def compare(
         "methods": methods,
         "selection": {key: rows for key, rows in selection.items() if rows},
     }
+
+
+def recommend(methods: Mapping[str, Any]) -> str:
+    """Returns the name of the method to take, chosen without the test part.
+
+    Of the trained methods that take at most `CHEAP` times the baseline's gradients it is the one with the best hard-spike
+    accuracy on the validation part, mean over the tested seeds.
+
+    Args:
+        methods: Rows by name, as `compare` makes them; those of methods without a validation accuracy are left out.
+
+    Returns:
+        The name; empty if no method has a validation accuracy.
+    """
+    cheap = {
+        name: row["validation_hard"]["mean"]
+        for name, row in methods.items()
+        if "validation_hard" in row and row["gradients_ratio"] <= CHEAP
+    }
+    return max(cheap, key=cheap.__getitem__, default="")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sast_jax.errors import UserError
+from sast_jax.experiments.comparison import CHEAP, recommend
 from sast_jax.experiments.statistics import paired_test
 from sast_jax.experiments.study import BASELINE
 from sast_jax.files import atomic_write
@@ -17,7 +18,6 @@ FIGURES = {
     "grey if they reach zero.",
 }
 
-_CHEAP = 1.3  # Gradients, as a ratio to the baseline's, up to which a method is recommended.
 _NOTICEABLE = 0.02  # Share by which costs may differ and still be called equal.
 
 
@@ -117,19 +117,14 @@ def _compare_best(methods):
 
 def _recommend(methods):
     """A sentence on the method to take, chosen without the test part."""
-    cheap = {
-        name: row["validation_hard"]["mean"]
-        for name, row in methods.items()
-        if "validation_hard" in row and row["gradients_ratio"] <= _CHEAP
-    }
-    if not cheap:
+    if not (name := recommend(methods)):
         return
-    row = methods[max(cheap, key=cheap.__getitem__)]
+    row = methods[name]
     modes = {"surrogate": "smooth", "hard": "hard"}
     best, mode = max(itertools.product(methods.values(), modes), key=lambda pair: pair[0][pair[1]]["mean"])
     test = paired_test(row["hard"]["values"], best[mode]["values"])
     yield (
-        f"Of the trained methods that take at most {_CHEAP:g} times the baseline's gradients, the best with hard spikes on the "
+        f"Of the trained methods that take at most {CHEAP:g} times the baseline's gradients, the best with hard spikes on the "
         f"validation part, mean over the tested seeds, is {row['title']} ({row['validation_hard']['mean']:.1f} %). On the test "
         f"part it reaches {_pm(row['hard'])} %; the highest mean of any method in any mode, there, is that of {best['title']} "
         f"with {modes[mode]} spikes, {_pm(best[mode])} %: a difference of {_pm(test, '{:+.1f}')} points, "
