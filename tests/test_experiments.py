@@ -450,6 +450,7 @@ PATHS = sorted(Path("configs").glob("study_*.py"))
 SMALL = {
     Path("configs/study_digits_small.py"): {"dataset.downsample", "network.features"},
     Path("configs/study_nmnist_small.py"): {"dataset.downsample", "num_epochs"},
+    Path("configs/study_nmnist_tuned.py"): {"dataset.downsample", "num_epochs"},
     Path("configs/study_gestures_small.py"): {"dataset.downsample"},
 }
 """Cheaper studies, and in what their baseline differs from that of the data set, but for how often it is evaluated."""
@@ -468,7 +469,8 @@ def test_each_method_differs_from_the_baseline_in_what_it_says_and_in_nothing_el
         assert expected.keys() <= config.keys()
         assert method.reference
     variant = "small_baseline" if "dvs_gesture" in path.name else "baseline"
-    base = runpy.run_path(str(path.with_name(path.name.removeprefix("study_").replace("_small", ""))))["get_config"](variant)
+    name = path.name.removeprefix("study_").replace("_small", "").replace("_tuned", "")
+    base = runpy.run_path(str(path.with_name(name)))["get_config"](variant)
     differing = {key for key, value in flatten(config_lib.with_defaults(base)).items() if value != baseline[key]}
     assert differing - {"evaluate_every_epochs", "checkpoint_every_epochs"} == SMALL.get(path, set())
     assert f"sast-jax sweep --config={path}" in path.read_text()
@@ -477,7 +479,9 @@ def test_each_method_differs_from_the_baseline_in_what_it_says_and_in_nothing_el
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_shipped_study_is_whole(path):
     plan = load_plan(path)
-    assert list(plan.study.methods) == list(METHODS)
+    left_out = METHODS.keys() - plan.study.methods.keys()
+    assert list(plan.study.methods) == [name for name in METHODS if name not in left_out]
+    assert not left_out or path == Path("configs/study_nmnist_tuned.py")
     assert len(plan.study.seeds) >= 5
     for method in plan.study.methods.values():
         assert set(method.controls) <= METHODS.keys()
@@ -494,7 +498,7 @@ def test_matched_controls_take_as_many_gradients(path):
         config = plan.configs[METHODS[name].calibrates or name]
         return config.num_epochs * (2 if config.sam.rho and config.sam.perturbation in ("independent", "same") else 1)
 
-    for name, method in METHODS.items():
+    for name, method in plan.study.methods.items():
         if method.controls and name != "baseline_twice":  # Which is the control.
             assert cost(name) == cost(method.controls[0]), name
 

@@ -175,6 +175,13 @@ METHODS: dict[str, Method] = {
         controls=("baseline_twice", "straight_through"),
         reference=_STRAIGHT_THROUGH,
     ),
+    "straight_through_steep": Method(
+        "straight-through, steeper slope",
+        {"mode": "straight_through", "network.slope": 5.0},
+        grid={"network.slope": (5.0, 10.0)},
+        controls=(BASELINE, "straight_through"),
+        reference=f"{_STRAIGHT_THROUGH}, with the derivative of smooth spikes that are closer to hard ones",
+    ),
     "straight_through_sam": Method(
         "straight-through + SAM",
         {"mode": "straight_through", "sam.rho": 0.1},

@@ -1,0 +1,26 @@
+"""The main methods of configs/study_nmnist_small.py again, each with a learning rate of its own: an hour of two CPU cores.
+
+    sast-jax sweep --config=configs/study_nmnist_tuned.py --config.dataset.root=FOLDER --workdir=runs/study_tuned --processes=2
+
+Each method's learning rate is selected together with what is its own, on the validation part. The rest is as there:
+cross-validation, half the resolution, 30 epochs. FOLDER holds a part of the recordings.
+"""
+
+import runpy
+from pathlib import Path
+
+from sast_jax.experiments import Study, with_grid
+
+get_config = runpy.run_path(str(Path(__file__).with_name("study_nmnist_small.py")))["get_config"]
+
+_NAMES = (
+    *("baseline", "baseline_twice", "sast", "noise", "steep_slope", "slope_annealing"),
+    *("straight_through", "straight_through_twice", "straight_through_steep", "straight_through_sam"),
+    *("baseline_calibrated", "sast_calibrated", "straight_through_calibrated"),
+)
+
+
+def get_study():
+    """Returns the methods, each with all combinations of these values and of those of its own; the first of equals is taken."""
+    methods = with_grid({"optimizer.learning_rate": (12e-3, 6e-3, 24e-3)})
+    return Study({name: methods[name] for name in _NAMES}, seeds=(0, 1, 2, 3, 4), selection_seeds=(100, 101), folds=5)
