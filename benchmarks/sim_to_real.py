@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--images", required=True, help="folder of MNIST's files")
     parser.add_argument("--root", default="", help="folder of N-MNIST recordings; $SAST_JAX_DATA/NMNIST if not given")
     parser.add_argument("--image-range", type=numbers, default=(FIRST_FREE_IMAGE, 60_000))
-    parser.add_argument("--rho", type=float, default=0.2, help="radius of SAST; the default is what simulated digits chose")
+    parser.add_argument("--rho", type=float, default=0.2, help="radius of SAST; the default is that of configs/nmnist.py")
     parser.add_argument("--processes", type=int, default=1, help="runs trained side by side, each on its share of the cores")
     args, overrides = parse(parser)
     if args.image_range[0] < FIRST_FREE_IMAGE:

@@ -17,7 +17,7 @@ _get_base = runpy.run_path(str(Path(__file__).with_name("gestures.py")))["get_co
 def get_config(variant=""):
     """Returns the config of a method."""
     config = _get_base("baseline")
-    config.dataset.downsample = 2  # 17 x 17 pixels: a quarter of the time.
+    config.dataset.downsample = 2  # 16 x 16 pixels: a quarter of the time.
     config.update(evaluate_every_epochs=16, checkpoint_every_epochs=16)
     return change(config, variant)
 

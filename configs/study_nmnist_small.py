@@ -1,4 +1,4 @@
-"""Study on few N-MNIST recordings by cross-validation, at half the resolution: two CPU cores finish it in two to three hours.
+"""Study on few N-MNIST recordings by cross-validation, at half the resolution: two CPU cores finish it in an hour.
 
     sast-jax sweep --config=configs/study_nmnist_small.py --config.dataset.root=FOLDER --workdir=runs/study_small --processes=2
 

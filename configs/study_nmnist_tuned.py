@@ -2,7 +2,8 @@
 
     sast-jax sweep --config=configs/study_nmnist_tuned.py --config.dataset.root=FOLDER --workdir=runs/study_tuned --processes=2
 
-Each method's learning rate is selected together with what is its own, on the validation part. The rest is as there:
+Each method's learning rate, 3e-3 there, is selected together with what is its own, on the validation part; of higher ones, since
+3e-3 was seen to be too low for 30 epochs, on that part too. The rest is as there:
 cross-validation, half the resolution, 30 epochs. FOLDER holds a part of the recordings.
 """
 

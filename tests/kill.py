@@ -301,7 +301,12 @@ def main():
     for name in args.cases.split(","):
         with tempfile.TemporaryDirectory() as workdir:
             results[name] = survive(CASES[name], args.kills, Path(workdir), seed=args.seed, progress=print)
-    heads = ("`sast-jax`", "killed after a random time", "killed at a random file operation", "ended as the uninterrupted one")
+    heads = (
+        "`sast-jax`",
+        "killed after a random time",
+        "killed at a random file operation",
+        "went to their end, equal to an uninterrupted one",
+    )
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|"]
     for name, seen in results.items():
         kills = seen["kills"]
