@@ -168,6 +168,9 @@ def test_diverged_selection_run_disqualifies_its_point_and_a_diverged_tested_run
     assert results["methods"]["sast"]["selected"]["sam.rho"] == 0.1
     assert sum(row["mean_hard"] is None for row in results["selection"]["sast"]) == 2
     assert "diverged" in render(results)
+    again = Trainer(diverges=lambda c: True)
+    assert run_study(study(), [], tmp_path / "a", train=again) == results
+    assert not again.trained
     with pytest.raises(Diverged):
         run_study(study(), [], tmp_path / "b", train=Trainer(diverges=lambda c: c.test and c.sam.rho > 0))
     with pytest.raises(UserError, match="sast: training diverged at all points"):
@@ -244,6 +247,11 @@ def test_override_sets_all_methods_but_those_that_differ_and_what_is_set_is_not_
         (("return Study(methods", "return dict(methods=methods"), [], ["must return a sast_jax.experiments.Study"]),
         (("def get_study", "def study"), [], ["does not define get_study()"]),
         (("grids = {", "grids = 1 / 0 or {"), [], ["get_study()", "ZeroDivisionError"]),
+        (("grids = {", "grids = exit(3) or {"), [], ["get_study()", "SystemExit: 3"]),
+        (("Study(methods", "Study(list(methods)"), [], ["must return a sast_jax.experiments.Study of Methods by name"]),
+        (("seeds=(0, 1, 2)", "seeds=5"), [], ["seeds: must be a tuple; got 5"]),
+        (("(0.1, 0.4)", "0.4"), [], ["sast: sam.rho must have a tuple of values; got 0.4"]),
+        (('["get_config"]("baseline"), variant)', '["get_config"](""), variant)'), [], ["must return one run, not several"]),
         (("Study", "Study"), ["seed=3", "sam.rhoo=1"], ["seed: is set by the study", "did you mean sam.rho?"]),
         (("Study", "Study"), ["dataset.num_validation=0"], ["dataset.num_validation must be above 0"]),
     ],
@@ -321,6 +329,9 @@ def test_runs_of_several_processes_are_those_of_one(tmp_path, capfd, monkeypatch
     assert sum(line.startswith("sweep: ") for line in lines) == 6  # A line for each run,
     assert not any("epoch" in line for line in lines)  # none for its epochs.
     assert set(two["num_cores"]) <= set(map(len, share_cores(2)))
+    # A seed that is added is trained on as many cores as the others were.
+    path.write_text(path.read_text().replace("seeds=(0, 1), ", "seeds=(0, 1, 2, 3), "))
+    assert run_study(path, overrides, tmp_path / "two", processes=2)["num_cores"] == two["num_cores"]
 
 
 _LONG = ["num_epochs=1000", "checkpoint_every_epochs=1000"]
@@ -593,6 +604,9 @@ def test_board_shows_a_table_on_a_terminal_and_lines_elsewhere(is_terminal):
     board.selected("sast", "sam.rho 0.1")
     board.done("baseline", "baseline-seed0", 0.75, tested=True, cost=1.0, seconds=0.0)  # Found finished.
     assert board.progress() == "3 of 8 runs, about 01:15 h left"
+    dear = Board({"sast": (2, 1)}, 3.0, stream=Stream(False))
+    dear.done("sast", "sast-seed0", 0.5, tested=True, cost=4.0, seconds=60.0)  # A costlier point than the mean was selected.
+    assert dear.progress() == "1 of 3 runs, about 00:00 h left"
     last = board.table().splitlines()
     assert last[1].split() == ["baseline", "0/0", "1/2", "75.0%"]
     assert last[2].split() == ["sast", "2/4", "sam.rho", "0.1", "0/2"]

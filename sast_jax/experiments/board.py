@@ -62,7 +62,8 @@ class Board:
         text = f"{self._num_done} of {total} runs"
         if not self._own_cost:
             return text
-        left = (self._total_cost - self._cost) * self._seconds / self._own_cost
+        # The total takes the mean cost of a grid's points for the one that will be selected, so that it may be too low.
+        left = max(0.0, self._total_cost - self._cost) * self._seconds / self._own_cost
         return f"{text}, about {time.strftime('%H:%M', time.gmtime(left)) if left < 86400 else f'{left / 3600:.0f}'} h left"
 
     def table(self) -> str:

@@ -44,8 +44,8 @@ def compare(
             "hard": summarize([100 * run["hard_accuracy"] for run in runs]),
             "gap": summarize([100 * run["transfer_gap"] for run in runs]),
             "gap_size": summarize([100 * abs(run["transfer_gap"]) for run in runs]),
-            "gradient_evaluations": summarize([run["num_gradient_evaluations"] for run in runs]),
-            "seconds": summarize([run["wall_time_seconds"] for run in runs]),
+            "gradient_evaluations": summarize([_with_warm_start(run, "num_gradient_evaluations") for run in runs]),
+            "seconds": summarize([_with_warm_start(run, "wall_time_seconds") for run in runs]),
         }
         if method.calibrates:
             methods[key]["calibration"] = [run["calibration"] for run in runs]
@@ -87,6 +87,10 @@ def compare(
         "methods": methods,
         "selection": {key: rows for key, rows in selection.items() if rows},
     }
+
+
+def _with_warm_start(run, cost):
+    return run[cost] + run.get("warm_start_cost", {}).get(cost, 0)
 
 
 def recommend(methods: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """A study's file, the fields set by hand, and what both make: a config for every run."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,11 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     """
     study = _load_study(path)
     trained = [name for name, method in study.methods.items() if not method.calibrates]
-    configs = {name: config_lib.load_configs(f"{path}:{name}", with_data=False)[""] for name in trained}
+    pairs = {name: config_lib.load_configs(f"{path}:{name}", with_data=False) for name in trained}
+    refuse(
+        [f"{path}: get_config({name!r}) must return one run, not several variants" for name in trained if "" not in pairs[name]]
+    )
+    configs = {name: pairs[name][""] for name in trained}
     flat = {name: config_lib.flatten(config) for name, config in configs.items()}
     keys = [text.partition("=")[0] for text in overrides]
     problems = [f"{key}: is set by the study" for key in keys if key in _OF_THE_STUDY]
@@ -86,12 +90,20 @@ def _load_study(path):
     get_study = config_lib.load_function(path, "get_study")
     try:
         study = get_study()
-    except Exception as error:  # A config file is code of the user's and may raise anything.
+    except (Exception, SystemExit) as error:  # A config file is code of the user's and may raise anything.
         raise UserError(f"--config: get_study() of {str(path)!r}: {type(error).__name__}: {error}") from error
-    is_study = isinstance(study, Study) and all(isinstance(method, Method) for method in study.methods.values())
-    if not is_study:
-        raise UserError(f"--config: get_study() of {str(path)!r} must return a sast_jax.experiments.Study of Methods")
+    is_study = isinstance(study, Study) and isinstance(study.methods, Mapping)
+    if not is_study or not all(isinstance(method, Method) for method in study.methods.values()):
+        raise UserError(f"--config: get_study() of {str(path)!r} must return a sast_jax.experiments.Study of Methods by name")
     seeds = {"seeds": study.seeds, "selection_seeds": study.selection_seeds}
+    problems = [f"{key}: must be a tuple; got {value!r}" for key, value in seeds.items() if not isinstance(value, Sequence)]
+    problems += [
+        f"{name}: {key} must have a tuple of values; got {values!r}"
+        for name, method in study.methods.items()
+        for key, values in method.grid.items()
+        if isinstance(values, str) or not isinstance(values, Sequence)
+    ]
+    refuse(problems, f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} in the study")
     problems = [
         f"{key}: must be different integers from 0 to {config_lib.MAX_SEED}; got {value!r}"
         for key, value in seeds.items()

@@ -19,13 +19,13 @@ from sast_jax.experiments.comparison import compare
 from sast_jax.experiments.plan import load_plan
 from sast_jax.experiments.study import BASELINE
 from sast_jax.files import only_process, write_json
-from sast_jax.training import load_run, train_many
+from sast_jax.training import train_many
 from sast_jax.training.build import costs_a_gradient, load_data
 from sast_jax.training.processes import Workers, share_cores
-from sast_jax.training.run import MAY_MOVE, RESULTS, RUN, RUNS, read_json
+from sast_jax.training.run import MAY_MOVE, RESULTS, RUN, RUNS, load_run_and_data, read_json
 from sast_jax.training.together import default_together
 
-STUDY, CALIBRATION = "study.json", "calibration.json"
+STUDY, CALIBRATION, DIVERGED = "study.json", "calibration.json", "diverged.json"
 
 Train = Callable[..., list[Any]]
 
@@ -68,11 +68,13 @@ def run_study(
         refuse(config_lib.find_problems(plan.configs[BASELINE]))
     with only_process(workdir), contextlib.ExitStack() as ending:
         _register(workdir, plan)
-        workers = None
-        if processes > 1 and not (workdir / RESULTS).exists():
+
+        @functools.cache
+        def start_workers():
             load_data(plan.configs[BASELINE])  # Once, into the cache, before all processes ask for it.
-            workers = ending.enter_context(Workers(processes))
-        sweep = _Sweep(plan, workdir, together or default_together(), train, workers)
+            return ending.enter_context(Workers(processes))
+
+        sweep = _Sweep(plan, workdir, together or default_together(), train, start_workers if processes > 1 else None)
         selection = sweep.select()
         tested = sweep.test({name: rows[0]["values"] if rows else {} for name, rows in selection.items()})
         results = compare(path.stem, overrides, plan.study, selection, tested)
@@ -151,10 +153,10 @@ def _label(point):
 class _Sweep:
     """Runs of a plan in a folder."""
 
-    def __init__(self, plan, workdir, together, train, workers):
+    def __init__(self, plan, workdir, together, train, start_workers):
         self._plan, self._workdir = plan, workdir
-        self._together, self._workers = together, workers
-        self._train = workers.train if workers else functools.partial(train, together=together)
+        self._together, self._start_workers = together, start_workers
+        self._train = functools.partial(train, together=together)
         study = plan.study
         planned = {
             name: (len(points) * len(study.selection_seeds) if len(points := plan.points(name)) > 1 else 0, len(study.seeds))
@@ -172,7 +174,7 @@ class _Sweep:
         return config.num_epochs * (1 + costs_a_gradient(config))
 
     def _run(self, batches, finish=lambda name, runs: None):
-        """Results by folder of runs given by method and folder, `None` for one that diverged.
+        """Results by folder of runs given by method and folder, `None` for one that diverged, which is not trained again.
 
         A batch is what one program may train. Batches are trained in their order, or, by several processes, all at once. After
         each `finish` is called with its method and its results.
@@ -180,15 +182,22 @@ class _Sweep:
         results, start = {}, time.monotonic()
         runs = [[(name, folder, config) for folder, config in configs.items()] for name, configs in batches]
         batch_of = {folder: batch for batch in batches for folder in batch[1]}
-        for group in [list(itertools.chain(*runs))] if self._workers and runs else runs:
-            was_finished = [(self._workdir / folder / RESULTS).exists() for _, folder, _ in group]
+        for group in [list(itertools.chain(*runs))] if self._start_workers and runs else runs:
+            has_diverged = [(self._workdir / folder / DIVERGED).exists() for _, folder, _ in group]
+            was_finished = [
+                (self._workdir / folder / RESULTS).exists() or diverged
+                for (_, folder, _), diverged in zip(group, has_diverged, strict=True)
+            ]
 
             def report(index, result, group=group, was_finished=was_finished):
                 nonlocal start
                 name, folder, config = group[index]
-                if isinstance(result, Diverged) and config.test:
-                    raise result
-                results[folder] = result = None if isinstance(result, Diverged) else result
+                if isinstance(result, Diverged):
+                    if config.test:
+                        raise result
+                    write_json(self._workdir / folder / DIVERGED, {"message": str(result)})
+                    result = None
+                results[folder] = result
                 accuracy = (result if config.test else result["validation"])["hard_accuracy"] if result else None
                 seconds = 0.0 if was_finished[index] else time.monotonic() - start
                 self.board.done(name, folder, accuracy, tested=config.test, cost=self._cost(config), seconds=seconds)
@@ -197,12 +206,15 @@ class _Sweep:
                 if results.keys() >= folders.keys():
                     finish(name, [results[each] for each in folders])
 
-            _, folders, configs = zip(*group, strict=True)
-            self._train(
-                configs,
-                [self._workdir / folder for folder in folders],
-                titles=[folder.partition("/")[2] for folder in folders],
-                report=report,
+            train = self._start_workers().train if self._start_workers and not all(was_finished) else self._train
+            for index in itertools.compress(range(len(group)), has_diverged):
+                report(index, None)
+            left = [index for index, diverged in enumerate(has_diverged) if not diverged]
+            train(
+                [group[index][2] for index in left],
+                [self._workdir / group[index][1] for index in left],
+                titles=[group[index][1].partition("/")[2] for index in left],
+                report=lambda number, result, left=left, report=report: report(left[number], result),
             )
         return results
 
@@ -260,13 +272,13 @@ class _Sweep:
                 results[name] = list(map(self._calibrate, folders, results[method.calibrates]))
         return {name: results[name] for name in study.methods}
 
-    @staticmethod
-    def _calibrate(folder, parent):
+    def _calibrate(self, folder, parent):
         """Results of a run whose hard network is calibrated on its validation part, in the way of the lowest loss there."""
         found = read_json(folder / CALIBRATION)
         if found is None:
-            run, start = load_run(folder), time.monotonic()
-            splits = load_data(run.config)
+            fields = config_lib.flatten(self._plan.configs[BASELINE])
+            run, _, splits = load_run_and_data(folder, [f"{key}={fields[key]}" for key in MAY_MOVE])
+            start = time.monotonic()
             found = evaluate_calibration(run.network, run.params, splits.validation, splits.test)
             found["seconds"] = time.monotonic() - start
             write_json(folder / CALIBRATION, found)

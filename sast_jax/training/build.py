@@ -109,7 +109,7 @@ def build_train_step(
         augment=make_augment(config),
         perturb=make_perturbation(config, num_steps),
         mesh=mesh,
-        ascent=config.sam.ascent,
+        ascent=config.sam.ascent if costs_a_gradient(config) else "global",  # Else each device would take its own step.
     )
 
 

@@ -64,7 +64,8 @@ class Task:
         refuse_too_large(self.target)
         self.warm_start, self.warm_start_cost = load_warm_start(config.warm_start, self.target.params, self.data)
         self.perturbs = sam_schedule(config, self.num_steps)
-        self.perturbation_batch_size = config.sam.perturbation_batch_size or config.batch_size
+        own = config.sam.perturbation_batch_size if costs_a_gradient(config) else 0
+        self.perturbation_batch_size = own or config.batch_size
         self._contents = content_ids(self.splits.train)
 
     def draw(self, seed: int, step: int) -> tuple[np.ndarray, np.ndarray | None, bool]:

@@ -13,9 +13,10 @@ def evaluate_run_theory(run: Run, splits: Splits) -> dict[str, Any]:
     recordings = getattr(splits, part)
     config, optimizer = run.config, run.config.optimizer
     covered = {
-        "exact gradient (surrogate mode)": config.mode == "surrogate",
+        "exact gradient (surrogate mode, all spikes smooth)": config.mode == "surrogate"
+        and not (config.spikes.hard_share or config.spikes.finish),
         "independent perturbation batch": not config.sam.rho or config.sam.perturbation == "independent",
-        "perturbation of length rho at most": config.sam.adaptive == "none",
+        "perturbation of length rho at most": not config.sam.rho or config.sam.adaptive == "none",
         "plain SGD": False,  # The optimizers there are have momentum, or adapt to the gradient.
         "batches drawn anew each step": False,  # They are shuffled once an epoch.
     }
