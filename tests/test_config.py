@@ -10,7 +10,7 @@ from sast_jax.config import SCHEMA, flatten, from_json, load_configs, to_json
 from sast_jax.errors import UserError
 from sast_jax.training.build import make_network, make_optimizer
 
-FILES = [path for path in sorted(Path("configs").glob("*.py")) if not path.name.startswith("study_")]
+FILES = [path for path in sorted(Path("configs").glob("*.py")) if not path.name.startswith(("study_", "best_"))]
 
 
 def problems_of(spec, *overrides):

@@ -19,10 +19,12 @@ from tests.conftest import TINY
 STEPS = """
 import jax, numpy as np, optax
 from sast_jax import SpikingConvNet, SpikingMLP, sam
+from sast_jax.config import load_configs
 from sast_jax.data import BATCH_SPECS, Recordings, make_augment, make_take
 from sast_jax.devices import WHOLE, make_mesh, place
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.training import init_state, make_train_step
+from sast_jax.training.build import build_train_step, make_optimizer
 from tests.test_training import draw
 
 mesh = make_mesh(8)
@@ -81,6 +83,19 @@ for i in range(4):
 expected = jax.tree.map(lambda w, *each: w - 0.5 * sum(each) / 4, params, *descents)
 assert_close(apart.params, expected, 2e-5)
 assert np.abs(apart.params["readout"]["kernel"] - together.params["readout"]["kernel"]).max() > 1e-5
+
+# Without SAM there is nothing to climb: all devices take one step.
+config = load_configs("configs/digits.py:baseline", ["network.kind=mlp", "network.features=6"])[""]
+with config.unlocked():
+    config.sam.ascent = "per_device"
+tx = make_optimizer(config, 1)
+plain = []
+for m in (None, mesh):
+    state = place(init_state(network, tx, batches[0].frames[:, :1], seed=0), m, WHOLE)
+    state, _ = build_train_step(config, network, 1, m)(state, *(place(batch, m, BATCH_SPECS) for batch in batches))
+    plain.append(state.params)
+assert_close(*plain, 2e-5)
+assert len({np.asarray(part.data).tobytes() for part in plain[1]["readout"]["kernel"].addressable_shards}) == 1
 
 # Evaluation pads a batch that the devices do not divide, and batches from the host equal those gathered on devices.
 rng = np.random.default_rng(0)

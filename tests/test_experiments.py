@@ -20,6 +20,7 @@ from sast_jax.config import flatten, load_configs
 from sast_jax.errors import Diverged, Interrupted, UserError
 from sast_jax.experiments import METHODS
 from sast_jax.experiments.board import CLEAR, Board
+from sast_jax.experiments.comparison import recommend
 from sast_jax.experiments.page import find, render, write_page
 from sast_jax.experiments.plan import load_plan
 from sast_jax.experiments.statistics import paired_test
@@ -512,6 +513,15 @@ def test_matched_controls_take_as_many_gradients(path):
     for name, method in plan.study.methods.items():
         if method.controls and name != "baseline_twice":  # Which is the control.
             assert cost(name) == cost(method.controls[0]), name
+
+
+def test_best_config_is_what_the_study_recommends():
+    methods = json.loads(Path("docs/study_nmnist_tuned/results.json").read_text())["methods"]
+    name = recommend(methods)
+    (best,), (base,) = (
+        load_configs(path, with_data=False).values() for path in ("configs/best_nmnist.py", f"configs/study_nmnist.py:{name}")
+    )
+    assert flatten(best) == flatten(base) | methods[name]["selected"]
 
 
 def test_unknown_method_is_named():
