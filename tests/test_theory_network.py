@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from sast_jax import FAMILIES, SpikingConvNet, SpikingMLP, sam
+from sast_jax.data import Recordings
+from sast_jax.evaluation.theory import evaluate_theory
 from sast_jax.theory.certified import cap_currents, keep_projected
 from sast_jax.theory.network import (
     certify_agreement,
@@ -200,6 +203,19 @@ def test_smoothness_bounds_refuse_a_negative_radius_and_unknown_layers():
         smoothness_bounds(MLP, params, np.zeros((2, 1, 2, 2, 1)), -1.0)
     with pytest.raises(ValueError, match="layers must be of dense_0, dense_1, readout; got conv_0"):
         smoothness_bounds(MLP, params, np.zeros((2, 1, 2, 2, 1)), layers=("conv_0",))
+
+
+def test_bound_that_no_float_can_hold_is_infinite_and_reported_as_none():
+    network = dataclasses.replace(MLP, slope=20.0)
+    rng = np.random.default_rng(0)
+    recordings = Recordings(rng.integers(0, 2, (4, 150, 2, 2, 1)).astype(np.uint8), np.arange(4) % 3, np.arange(4).astype(str))
+    params = init(network, (2, 2, 1))
+    bounds = smoothness_bounds(network, params, recordings.frames.swapaxes(0, 1))
+    assert bounds.smoothness == np.inf
+    statements = evaluate_theory(network, params, recordings, rho=0.1, max_count=1, covered={})
+    (curvature,) = (each for each in statements if each.statement.startswith("curvature"))
+    assert (curvature.bound, curvature.vacuous) == (None, True)
+    json.dumps([each._asdict() for each in statements], allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which assumptions of the theory a trained network meets, what its bounds are, and how far they are from what is measured."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -144,17 +145,13 @@ def _curvature_statements(network, params, frames, labels, rho):
     analytic = network_lib.smoothness_bounds(network, params, frames, rho)
     sizes = [max(map(abs, training_lib.hessian_extremes(loss_fn, params, frames, labels, tolerance=1e-2)))]
     near = f"weights within {rho:g}"
-    yield Statement("network", "norm of the loss's gradient (theorem 5)", near, True, norm, analytic.gradient)
-    lower, _ = training_lib.sam_sandwich(float(loss), norm, rho, analytic.smoothness)
-    yield Statement(
-        "network",
-        "curvature of the loss (theorem 5)",
-        near,
-        True,
-        sizes[0],
-        analytic.smoothness,
-        lower < 0,  # Then its first-order bound allows a negative loss, which there is none of.
-    )
+    # An infinite bound says nothing, and JSON has no number for it.
+    gradient_bound, smoothness = (bound if math.isfinite(bound) else None for bound in analytic)
+    title = "norm of the loss's gradient (theorem 5)"
+    yield Statement("network", title, near, True, norm, gradient_bound, gradient_bound is None)
+    # Where its first-order bound allows a negative loss, which there is none of, it says nothing either.
+    says_nothing = smoothness is None or training_lib.sam_sandwich(float(loss), norm, rho, smoothness)[0] < 0
+    yield Statement("network", "curvature of the loss (theorem 5)", near, True, sizes[0], smoothness, says_nothing)
     if not rho:
         return
     perturbed = jax.tree.map(lambda w, g: w + rho * g / norm, params, gradient)

@@ -268,7 +268,7 @@ def smoothness_bounds(
         a' &= L_1 v_1, & d' &= L_1 v_2 + L_2 v_1^2
 
     and for the loss :math:`\|\nabla F\| \le \sqrt 2\, y_1`, :math:`\|\nabla^2 F\| \le \tfrac12 y_1^2 + \sqrt 2\, y_2` of the
-    logits. Proved. Always finite, as :math:`T` is, and for :math:`\kappa > 1` exponential in it.
+    logits. Proved. For :math:`\kappa > 1` exponential in :math:`T`, and infinite where a float64 cannot hold it.
 
     Args:
         network: In surrogate mode.
@@ -305,14 +305,16 @@ def smoothness_bounds(
         current_first, current_second = weight_norm + norm * first, 2 * both * first + norm * second
         if index < network.num_spiking:
             state_first = gain * current_first
-            state_second = gain * (curl * state_first**2 + current_second)
-            first, second = steep * state_first, steep * state_second + bend * state_first**2
+            square = state_first * state_first  # A power would raise where a product overflows.
+            state_second = gain * (curl * square + current_second)
+            first, second = steep * state_first, steep * state_second + bend * square
             squares = jnp.ones((1, *patches.shape[1:]))
             scale = num_time_steps if index == len(network.layer_names) - 1 else 1
         else:
             first, second, scale = current_first, current_second, _readout_gain(network.readout_decay, num_time_steps)
     first, second = scale * first, scale * second
-    return SmoothnessBounds(math.sqrt(2) * first, first**2 / 2 + math.sqrt(2) * second)
+    bounds = math.sqrt(2) * first, first * first / 2 + math.sqrt(2) * second
+    return SmoothnessBounds(*(math.inf if math.isnan(bound) else bound for bound in bounds))
 
 
 class Certificate(NamedTuple):
