@@ -178,6 +178,17 @@ def test_diverged_selection_run_disqualifies_its_point_and_a_diverged_tested_run
         run_study(study(), [], tmp_path / "c", train=Trainer(diverges=lambda c: c.sam.rho > 0))
 
 
+def test_cost_of_a_warm_start_is_counted(study, tmp_path):
+    def train(configs, workdirs, *, report, **others):
+        cost = {"warm_start_cost": {"num_gradient_evaluations": 12, "wall_time_seconds": 24.0}}
+        warm = lambda index, result: report(index, result | (cost if configs[index].sam.perturbation == "noise" else {}))  # noqa: E731
+        Trainer()(configs, workdirs, report=warm, **others)
+
+    methods = run_study(study(), [], tmp_path / "run", train=train)["methods"]
+    assert methods["noise"]["gradients_ratio"] == 2
+    assert methods["noise"]["time_ratio"] == pytest.approx(46 / 22)
+
+
 def test_folder_of_another_study_is_refused_and_methods_and_seeds_may_be_added(study, tmp_path):
     run_study(study(), [], tmp_path / "run", train=Trainer())
     before = (tmp_path / "run" / "results.json").read_bytes()
@@ -518,6 +529,7 @@ def test_matched_controls_take_as_many_gradients(path):
 def test_best_config_is_what_the_study_recommends():
     methods = json.loads(Path("docs/study_nmnist_tuned/results.json").read_text())["methods"]
     name = recommend(methods)
+    assert "sast-jax train --config=configs/best_nmnist.py" in Path("configs/best_nmnist.py").read_text()
     (best,), (base,) = (
         load_configs(path, with_data=False).values() for path in ("configs/best_nmnist.py", f"configs/study_nmnist.py:{name}")
     )
@@ -634,7 +646,8 @@ def test_board_shows_a_table_on_a_terminal_and_lines_elsewhere(is_terminal):
 
 @pytest.mark.slow
 def test_command_trains_selects_calibrates_and_writes_its_page(small_nmnist, tmp_path, capsys):
-    path = tmp_path / "study.py"
+    path, root = tmp_path / "study.py", tmp_path / "recordings"
+    shutil.copytree(small_nmnist, root)
     path.write_text(
         "import runpy\n"
         "from sast_jax.experiments import METHODS, Study, change\n"
@@ -646,7 +659,7 @@ def test_command_trains_selects_calibrates_and_writes_its_page(small_nmnist, tmp
         "    return Study(methods, seeds=(0, 1), selection_seeds=(100,))\n"
     )
     fields = {
-        "dataset.root": small_nmnist, "dataset.num_time_steps": 3, "dataset.num_validation": 10, "network.kind": "mlp",
+        "dataset.root": root, "dataset.num_time_steps": 3, "dataset.num_validation": 10, "network.kind": "mlp",
         "network.features": 8, "batch_size": 10, "num_epochs": 2,
     }  # fmt: skip
     command = ["sweep", f"--config={path}", f"--workdir={tmp_path / 'run'}", *(f"--config.{k}={v}" for k, v in fields.items())]
@@ -664,7 +677,12 @@ def test_command_trains_selects_calibrates_and_writes_its_page(small_nmnist, tmp
     assert found["num_calibration"] == 10
     assert calibrated["hard"]["values"][0] == pytest.approx(100 * found["methods"][found["chosen"]]["accuracy"])
     assert "Results:" in out
-    shutil.rmtree(small_nmnist)  # All is there: nothing is trained or read again.
+    root.rename(tmp_path / "moved")  # All is there: nothing is trained or read again.
     assert main(command) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     assert capsys.readouterr().out == out
+    # What is left to do is done on recordings that lie elsewhere by now.
+    (tmp_path / "run/tested/baseline-seed0/calibration.json").unlink()
+    assert main([*command, f"--config.dataset.root={tmp_path / 'moved'}"]) == 0
+    again = json.loads((tmp_path / "run" / "results.json").read_text())["methods"]["baseline_calibrated"]
+    assert again["hard"] == calibrated["hard"]

@@ -1,11 +1,16 @@
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sast_jax.cli import main
+from sast_jax.config import load_configs, set_field
+from sast_jax.data import Recordings, Splits
 from sast_jax.theory.training import convergence_bound, hessian_extremes, mechanism_factor, sam_sandwich
+from sast_jax.training.run import Run
+from sast_jax.training.theory import evaluate_run_theory
 from tests.test_cli import TINY, refused, train  # noqa: F401
 
 
@@ -135,6 +140,29 @@ def test_theory_of_a_certified_run_is_a_table_and_json_and_says_that_it_contract
     assert anywhere["bound"] == pytest.approx(0.9 * 4.520237, rel=1e-5)
     assert reachable["bound"] <= 0.95
     assert not next(row for row in rows if row["layer"] == "training")["holds"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "unmet"),
+    [
+        ({}, []),
+        ({"sam.rho": 0.0, "sam.adaptive": "element", "sam.perturbation": "same"}, []),
+        ({"sam.adaptive": "element"}, ["perturbation of length rho at most"]),
+        ({"sam.perturbation": "same"}, ["independent perturbation batch"]),
+        ({"mode": "straight_through"}, ["exact gradient (surrogate mode, all spikes smooth)"]),
+        ({"spikes.hard_share": 0.5}, ["exact gradient (surrogate mode, all spikes smooth)"]),
+        ({"spikes.finish": 0.25}, ["exact gradient (surrogate mode, all spikes smooth)"]),
+    ],
+)
+def test_theory_covers_exact_gradients_and_perturbations_that_are_taken(monkeypatch, fields, unmet):
+    config = load_configs("configs/digits.py:sast")[""].copy_and_resolve_references().unlock()
+    for key, value in fields.items():
+        set_field(config, key, value)
+    seen = {}
+    monkeypatch.setattr("sast_jax.training.theory.evaluate_theory", lambda *args, covered, **others: seen.update(covered) or [])
+    part = Recordings(np.zeros((1, 2, 3, 3, 2), np.uint8), np.zeros(1, int), np.array(["0"]))
+    evaluate_run_theory(Run(None, None, config, None, 1, Path()), Splits(part, part, part, 10))
+    assert [name for name, holds in seen.items() if not holds] == [*unmet, "plain SGD", "batches drawn anew each step"]
 
 
 def test_theory_is_refused_where_there_is_no_run(capsys, tmp_path):

@@ -14,6 +14,7 @@ from sast_jax.sam import perturb_weights
 from sast_jax.spikes import FAMILIES, mixed_spike_fn
 from sast_jax.training import init_state, make_train_step
 from sast_jax.training.build import costs_a_gradient, make_network, make_optimizer, make_perturbation, make_spikes
+from sast_jax.training.session import Task
 
 X = jnp.linspace(-2.0, 2.0, 41)
 
@@ -182,3 +183,10 @@ def test_perturbed_weights_are_those_of_sam():
 def test_fields_that_contradict_each_other_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         load(*overrides)
+
+
+def test_without_sam_a_perturbation_batch_size_has_no_effect(tiny):
+    configs = [tiny(variant).copy_and_resolve_references().unlock() for variant in ("baseline", "sast")]
+    for config in configs:
+        config.sam.perturbation_batch_size = 3
+    assert [Task(config).perturbation_batch_size for config in configs] == [configs[0].batch_size, 3]

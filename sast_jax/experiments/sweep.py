@@ -42,7 +42,8 @@ def run_study(
     """Trains what is not trained yet, selects, tests and compares.
 
     For each method all points of its grid are trained with the selection seeds, without the test part; the point of the highest
-    mean hard-spike accuracy on the validation part, the first of equals, is trained with the other seeds and tested.
+    mean hard-spike accuracy on the validation part, the first of equals, is trained with the other seeds and tested. A run that
+    diverged while selecting counts as trained; without its `diverged.json` it is trained again.
 
     Args:
         path: File of the study; see `load_plan`.
@@ -183,11 +184,9 @@ class _Sweep:
         runs = [[(name, folder, config) for folder, config in configs.items()] for name, configs in batches]
         batch_of = {folder: batch for batch in batches for folder in batch[1]}
         for group in [list(itertools.chain(*runs))] if self._start_workers and runs else runs:
-            has_diverged = [(self._workdir / folder / DIVERGED).exists() for _, folder, _ in group]
-            was_finished = [
-                (self._workdir / folder / RESULTS).exists() or diverged
-                for (_, folder, _), diverged in zip(group, has_diverged, strict=True)
-            ]
+            workdirs = [self._workdir / folder for _, folder, _ in group]
+            left = [index for index, workdir in enumerate(workdirs) if not (workdir / DIVERGED).exists()]
+            was_finished = [index not in left or (workdir / RESULTS).exists() for index, workdir in enumerate(workdirs)]
 
             def report(index, result, group=group, was_finished=was_finished):
                 nonlocal start
@@ -207,12 +206,11 @@ class _Sweep:
                     finish(name, [results[each] for each in folders])
 
             train = self._start_workers().train if self._start_workers and not all(was_finished) else self._train
-            for index in itertools.compress(range(len(group)), has_diverged):
+            for index in sorted(set(range(len(group))) - set(left)):
                 report(index, None)
-            left = [index for index, diverged in enumerate(has_diverged) if not diverged]
             train(
                 [group[index][2] for index in left],
-                [self._workdir / group[index][1] for index in left],
+                [workdirs[index] for index in left],
                 titles=[group[index][1].partition("/")[2] for index in left],
                 report=lambda number, result, left=left, report=report: report(left[number], result),
             )

@@ -314,7 +314,7 @@ def smoothness_bounds(
             first, second, scale = current_first, current_second, _readout_gain(network.readout_decay, num_time_steps)
     first, second = scale * first, scale * second
     bounds = math.sqrt(2) * first, first * first / 2 + math.sqrt(2) * second
-    return SmoothnessBounds(*(math.inf if math.isnan(bound) else bound for bound in bounds))
+    return SmoothnessBounds(*(math.inf if math.isnan(bound) else bound for bound in bounds))  # NaN: 0 times infinity.
 
 
 class Certificate(NamedTuple):
