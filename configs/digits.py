@@ -78,8 +78,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adam"  # adam, adamw, or sgd (momentum 0.9).
-    config.optimizer.learning_rate = 3e-3  # At the start of the schedule.
+    config.optimizer.learning_rate = 3e-3  # At the start of the schedule, or at the end of the warm-up.
     config.optimizer.schedule = "cosine"  # cosine: down to 0 at the end; constant.
+    config.optimizer.warmup = 0.0  # Share of the steps, the first ones, in which the learning rate rises to its value.
     config.optimizer.weight_decay = 0.0  # Of adamw.
 
     config.batch_size = 32  # Of the descent batch.

@@ -137,6 +137,7 @@ SCHEMA: dict[str, Field] = {
     "optimizer.name": _choice(*OPTIMIZERS),
     "optimizer.learning_rate": _number(0, above=True),
     "optimizer.schedule": _choice(*SCHEDULES),
+    "optimizer.warmup": _number(0, 1).or_else(0.0),
     "optimizer.weight_decay": _number(0),
     "batch_size": _integer(1),
     "num_microbatches": _integer(1),

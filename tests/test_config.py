@@ -1,3 +1,4 @@
+import math
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from sast_jax import config as config_lib
 from sast_jax.config import SCHEMA, flatten, from_json, load_configs, to_json
 from sast_jax.errors import UserError
-from sast_jax.training.build import make_network, make_optimizer
+from sast_jax.training.build import make_network, make_optimizer, make_schedule
 
 FILES = [path for path in sorted(Path("configs").glob("*.py")) if not path.name.startswith(("study_", "best_"))]
 
@@ -230,6 +231,19 @@ def test_learning_rate_falls_to_zero_over_the_run_or_stays(float64):
     assert sizes["constant"] == pytest.approx(momentum)
     assert sizes["cosine"] == pytest.approx([m * float(optax.cosine_decay_schedule(1.0, 4)(i)) for i, m in enumerate(momentum)])
     assert sizes["cosine"][4] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_learning_rate_rises_over_the_share_of_the_warmup_and_falls_over_the_rest():
+    def sizes(warmup, schedule):
+        overrides = ["optimizer.learning_rate=0.5", f"optimizer.warmup={warmup}", f"optimizer.schedule={schedule}"]
+        rate = make_schedule(load_configs("configs/digits.py:baseline", overrides)[""], 10)
+        return [float(rate(step)) if callable(rate) else rate for step in range(11)]
+
+    falling = [0.25 * (1 + math.cos(math.pi * step / 6)) for step in range(7)]
+    assert sizes(0.4, "cosine") == pytest.approx([0, 0.125, 0.25, 0.375, *falling], abs=1e-6)
+    assert sizes(0.31, "constant") == pytest.approx([0, 0.125, 0.25, 0.375, *[0.5] * 7])
+    assert sizes(1, "cosine") == pytest.approx([0.05 * step for step in range(11)])
+    assert sizes(0, "constant") == [0.5] * 11
 
 
 def test_flat_paths_cover_nested_sections():

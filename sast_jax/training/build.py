@@ -77,9 +77,7 @@ def make_optimizer(
     config: ml_collections.ConfigDict, num_steps: int, project: Projection | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `sam`, the optimizer and the projection of a config, for a run of `num_steps` steps; only those it uses."""
-    optimizer, learning_rate = config.optimizer, config.optimizer.learning_rate
-    if optimizer.schedule == "cosine":
-        learning_rate = optax.cosine_decay_schedule(learning_rate, num_steps)
+    optimizer, learning_rate = config.optimizer, make_schedule(config, num_steps)
     base = {
         "adam": lambda: optax.adam(learning_rate),
         "adamw": lambda: optax.adamw(learning_rate, weight_decay=optimizer.weight_decay),
@@ -95,6 +93,17 @@ def make_optimizer(
     always = config.sam.every_steps == 1 and not config.sam.start
     active = None if always else sam_schedule(config, num_steps)
     return optax.chain(sam(config.sam.rho, adaptive=adaptive, active=active), base)
+
+
+def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.ScalarOrSchedule:
+    """Returns the learning rate of a config in a run of `num_steps` steps: it rises from 0, then falls as a cosine or stays."""
+    optimizer, num_warmup = config.optimizer, math.ceil(config.optimizer.warmup * num_steps)
+    peak = optimizer.learning_rate
+    after = optax.cosine_decay_schedule(peak, max(1, num_steps - num_warmup)) if optimizer.schedule == "cosine" else peak
+    if not num_warmup:
+        return after
+    after = after if callable(after) else optax.constant_schedule(after)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, num_warmup), after], [num_warmup])
 
 
 def build_train_step(

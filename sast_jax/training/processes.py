@@ -71,10 +71,10 @@ class Workers:
         return self
 
     def __exit__(self, *exception) -> None:
-        for connection, process in self._processes.items():
-            connection.close()
-            process.terminate()
         for process in self._processes.values():
+            process.terminate()
+        for connection, process in self._processes.items():
+            connection.close()  # Not before: the signal would meet a process that is already leaving.
             process.join()
 
     def train(
@@ -146,9 +146,9 @@ def _work(connection, cores, parent):
     keep_freed_memory()
     warnings.showwarning = show_warning
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent passes it on.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Within the training loop it asks for a checkpoint.
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with contextlib.suppress(*_GONE, KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Within the training loop it asks for a checkpoint.
         while True:
             connection.send(_train(*connection.recv()))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # All is on disk; what is left is leaving.
