@@ -144,6 +144,8 @@ def main():
             }
         )
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
+    if not rows:
+        parser.error("none of the runs is finished")
     results = {
         "data": config.dataset.name,
         "num_recordings": min(NUM_RECORDINGS, len(splits.validation.labels)),

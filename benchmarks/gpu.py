@@ -9,6 +9,7 @@ written as they come, so that a command that is cut off leaves what it has. `--s
 import argparse
 import itertools
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -80,10 +81,11 @@ def rows(small, rounds):
         yield f"many runs, {workload}", lambda o=overrides: many_runs.measure((*o, *tiny), numbers, rounds)
 
 
-def first_step(folder, small):
+def first_step(small):
     """Trains a run for an epoch and returns what it reports of its start."""
     overrides = ["num_epochs=1", *(("network.features=2", "dataset.num_time_steps=3") if small else ())]
-    results = train_and_evaluate(load_configs("configs/digits.py:sast", overrides)[""], folder)
+    with tempfile.TemporaryDirectory() as folder:
+        results = train_and_evaluate(load_configs("configs/digits.py:sast", overrides)[""], Path(folder) / "run")
     return {key: results[key] for key in ("first_step_seconds", "wall_time_seconds", "num_devices")}
 
 
@@ -97,8 +99,7 @@ def main():
     start = time.monotonic()
     keep_freed_memory()
     results = {"environment": environment(), "num_devices": len(jax.devices()), "rows": {}}
-    run_folder = args.output.with_suffix(".run")
-    own = [("first step of a run", lambda: first_step(run_folder, args.small))]
+    own = [("first step of a run", lambda: first_step(args.small))]
     for name, measure in itertools.chain(own, rows(args.small, args.rounds)):
         try:
             results["rows"][name] = measure() if time.monotonic() - start < BUDGET_SECONDS else "left out: no time"

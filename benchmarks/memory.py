@@ -1,16 +1,14 @@
 r"""What memory is worth on gestures: the network of the config, one without memory, and one that sees frames in random order.
 
-    python benchmarks/memory.py --workdir=runs/memory --seeds=0,1,2
+    python benchmarks/memory.py --seeds=0,1,2
 
 Without memory, decay and readout decay are 0 and the reset is to zero: the logits are a mean over frames of a function of
 one frame. The third network is the first, trained and tested on recordings whose frames are each shuffled in time. All are
-trained straight-through and tested with hard spikes, on persons they have not seen. Finished runs are not repeated. Writes
-`benchmarks/results/memory.json` and `.md`, and the table into `docs/results.md`.
+trained straight-through and tested with hard spikes, on persons they have not seen. Writes `benchmarks/results/memory.json` and
+`.md`, and the table into `docs/results.md`.
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +21,9 @@ from sast_jax.compilation import spread_convolutions
 from sast_jax.config import load_configs
 from sast_jax.data import DESCENT, batch_indices, evaluation_batches, take_batch
 from sast_jax.data.gestures import CLASSES
-from sast_jax.files import write_json
-from sast_jax.training import init_state, make_train_step
-from sast_jax.training.build import load_data, make_network, make_optimizer
+from sast_jax.experiments.statistics import summarize
+from sast_jax.training import init_state
+from sast_jax.training.build import build_train_step, load_data, make_network, make_optimizer
 from sast_jax.training.run import environment
 
 CONDITIONS = {
@@ -53,9 +51,9 @@ def run(condition, seed, overrides):
         train, test = shuffled(train, (seed, 0)), shuffled(test, (seed, 1))
     num_train = len(train.labels)
     num_steps = config.num_epochs * (num_train // config.batch_size)
-    network, tx = make_network(config, splits.num_classes), make_optimizer(config, num_steps)
-    state = init_state(network, tx, take_batch(train, np.arange(1)).frames, seed=seed)
-    train_step = make_train_step(network, tx, config.mode)
+    network = make_network(config, splits.num_classes)
+    state = init_state(network, make_optimizer(config, num_steps), take_batch(train, np.arange(1)).frames, seed=seed)
+    train_step = build_train_step(config, network, num_steps)
     for step in range(num_steps):
         indices = batch_indices(num_train, config.batch_size, seed=seed, stream=DESCENT, step=step)
         state, _ = train_step(state, take_batch(train, indices), None)
@@ -77,18 +75,11 @@ def run(condition, seed, overrides):
     }
 
 
-def summary(values):
-    """Mean, standard error and values."""
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "standard_error": error, "values": values}
-
-
 def main():
     """Trains what is not yet trained, and writes the table."""
     keep_freed_memory()
     spread_convolutions()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2))
     args, rest = parser.parse_known_args()
     overrides = [text.removeprefix("--config.") for text in rest]
@@ -96,13 +87,10 @@ def main():
     runs = {}
     for seed in args.seeds:
         for condition in CONDITIONS:
-            path = args.workdir / f"{condition}-seed{seed}.json"
-            if not path.exists():
-                write_json(path, run(condition, seed, overrides))
-            runs.setdefault(condition, []).append(json.loads(path.read_text()))
+            runs.setdefault(condition, []).append(run(condition, seed, overrides))
             print(condition, seed, runs[condition][-1], flush=True)
     methods = {
-        name: {key: summary([each[key] for each in found]) for key in ("accuracy", "direction")} for name, found in runs.items()
+        name: {key: summarize([each[key] for each in found]) for key in ("accuracy", "direction")} for name, found in runs.items()
     }
     one = runs["memory"][0]
     lines = ["| network | accuracy, % | clockwise told from counter-clockwise, % |", "|---|---|---|"]

@@ -72,9 +72,10 @@ def compare(workdir):
     run = load_run(workdir)
     if run.config.network.readout != "leaky" or run.config.network.reset != "zero":
         raise SystemExit(f"{workdir}: snnTorch and norse read a mean readout and reset zero")
+    size = sensor_size(run.config.dataset.name, run.config.dataset.downsample)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.nir"
-        write_nir_graph(path, make_nir_graph(run.network, run.params, (*sensor_size(run.config.dataset.name), 2)))
+        write_nir_graph(path, make_nir_graph(run.network, run.params, (*size, 2)))
         rows = {}
         for name in READERS:
             read = read_with_numpy if name == "numpy" else read_with_torch(name)
@@ -126,7 +127,10 @@ def main():
     """Compares, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdirs", nargs="+", type=Path, help="folders of trained runs")
-    runs = {workdir.name: compare(workdir) for workdir in parser.parse_args().workdirs}
+    workdirs = parser.parse_args().workdirs
+    if len({workdir.name for workdir in workdirs}) < len(workdirs):
+        parser.error("rows are named by the runs' folders, which must differ in name")
+    runs = {workdir.name: compare(workdir) for workdir in workdirs}
     versions = {name: importlib.metadata.version(name) for name in ("snntorch", "norse", "nir")}
     results = {"first": next(iter(runs)), "runs": runs, "versions": versions}
     publish("nir_readers", results, markdown(results))

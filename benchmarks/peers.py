@@ -136,6 +136,8 @@ def measure(workload, libraries, rounds, steps):
     children = {name: Child(name, workload) for name in present}
     with tempfile.TemporaryDirectory() as folder:
         rows |= compile_all(children, folder)
+    if rows["sast_jax"].get("error"):
+        raise SystemExit(f"sast_jax, to which all are compared: {rows['sast_jax']['error']}")
     reference = rows["sast_jax"]["outputs"]
     for row in rows.values():
         row["difference"] = {

@@ -25,7 +25,8 @@ FIRST_FREE_IMAGE = 1000
 
 def real_recordings(config, root):
     """All real recordings, of both parts of the folder."""
-    splits = load_dataset("nmnist", num_time_steps=config["num_time_steps"], binary=config["binary"], num_validation=0, root=root)
+    same = {key: config[key] for key in ("num_time_steps", "binary", "downsample")}
+    splits = load_dataset("nmnist", **same, num_validation=0, root=root)
     parts = splits.train, splits.test
     return Recordings(*(np.concatenate([getattr(part, field) for part in parts]) for field in ("frames", "labels", "ids")))
 

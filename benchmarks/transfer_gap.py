@@ -21,6 +21,7 @@ from publish import RESULTS, publish
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.compilation import spread_convolutions
 from sast_jax.config import load_configs
+from sast_jax.experiments.statistics import summarize
 from sast_jax.training import train_and_evaluate
 from sast_jax.training.processes import Workers
 
@@ -37,8 +38,11 @@ PAPER = {
 
 
 def numbers(text):
-    """Parses `1,2,3`."""
-    return tuple(json.loads(f"[{text}]"))
+    """Parses `1,2,3`: one number at least."""
+    found = tuple(json.loads(f"[{text}]"))
+    if not found:
+        raise ValueError
+    return found
 
 
 def make_parser(description):
@@ -122,14 +126,7 @@ def summary(runs):
         "epoch_seconds": [run["median_epoch_seconds"] for run in runs],
         "seconds": [run["wall_time_seconds"] for run in runs],
     }
-    return {
-        key: {
-            "mean": float(np.mean(each)),
-            "standard_error": float(np.std(each, ddof=1) / np.sqrt(len(each))) if len(each) > 1 else None,
-            "values": [round(float(value), 4) for value in each],
-        }
-        for key, each in values.items()
-    }
+    return {key: summarize([round(float(value), 4) for value in each]) for key, each in values.items()}
 
 
 def cell(row, key):
