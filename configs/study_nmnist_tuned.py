@@ -14,7 +14,7 @@ from sast_jax.experiments import Study, with_grid
 
 get_config = runpy.run_path(str(Path(__file__).with_name("study_nmnist_small.py")))["get_config"]
 
-_NAMES = (
+NAMES = (
     *("baseline", "baseline_twice", "sast", "noise", "steep_slope", "slope_annealing"),
     *("straight_through", "straight_through_twice", "straight_through_steep", "straight_through_sam"),
     *("baseline_calibrated", "sast_calibrated", "straight_through_calibrated"),
@@ -24,4 +24,4 @@ _NAMES = (
 def get_study():
     """Returns the methods, each with all combinations of these values and of those of its own; the first of equals is taken."""
     methods = with_grid({"optimizer.learning_rate": (12e-3, 6e-3, 24e-3)})
-    return Study({name: methods[name] for name in _NAMES}, seeds=(0, 1, 2, 3, 4), selection_seeds=(100, 101), folds=5)
+    return Study({name: methods[name] for name in NAMES}, seeds=(0, 1, 2, 3, 4), selection_seeds=(100, 101), folds=5)
