@@ -23,7 +23,7 @@ from sast_jax.data import DESCENT, batch_indices, evaluation_batches, take_batch
 from sast_jax.data.gestures import CLASSES
 from sast_jax.experiments.statistics import summarize
 from sast_jax.training import init_state
-from sast_jax.training.build import build_train_step, load_data, make_network, make_optimizer
+from sast_jax.training.build import build_train_step, load_data, make_network, make_optimizer, make_projection
 from sast_jax.training.run import environment
 
 CONDITIONS = {
@@ -52,7 +52,8 @@ def run(condition, seed, overrides):
     num_train = len(train.labels)
     num_steps = config.num_epochs * (num_train // config.batch_size)
     network = make_network(config, splits.num_classes)
-    state = init_state(network, make_optimizer(config, num_steps), take_batch(train, np.arange(1)).frames, seed=seed)
+    tx = make_optimizer(config, num_steps, make_projection(config, network))
+    state = init_state(network, tx, take_batch(train, np.arange(1)).frames, seed=seed)
     train_step = build_train_step(config, network, num_steps)
     for step in range(num_steps):
         indices = batch_indices(num_train, config.batch_size, seed=seed, stream=DESCENT, step=step)
@@ -76,7 +77,7 @@ def run(condition, seed, overrides):
 
 
 def main():
-    """Trains what is not yet trained, and writes the table."""
+    """Trains, and writes the table."""
     keep_freed_memory()
     spread_convolutions()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

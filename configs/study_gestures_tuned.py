@@ -1,10 +1,9 @@
-"""The methods of configs/study_nmnist_tuned.py on simulated gestures, over folds of persons: half an hour of two CPU cores, offline.
+"""The methods of configs/study_nmnist_tuned.py on simulated gestures, over folds of persons, offline.
 
     sast-jax sweep --config=configs/study_gestures_tuned.py --workdir=runs/study_gestures_tuned --processes=2
 
-Each of the five seeds is tested on other persons. Each method's learning rate is selected together with what is its own. Such rates
-need a warm-up, as without one layers fall silent in the first epochs, under SAST most of all; warm-up and grid were settled by trial
-runs on the validation part.
+Each of the five seeds is tested on other persons. Each method's learning rate is selected together with what is its own; the
+warm-up and the grid were settled by trial runs on the validation part.
 """
 
 import runpy

@@ -98,12 +98,11 @@ def make_optimizer(
 def make_schedule(config: ml_collections.ConfigDict, num_steps: int) -> optax.ScalarOrSchedule:
     """Returns the learning rate of a config in a run of `num_steps` steps: it rises from 0, then falls as a cosine or stays."""
     optimizer, num_warmup = config.optimizer, math.ceil(config.optimizer.warmup * num_steps)
-    peak = optimizer.learning_rate
-    after = optax.cosine_decay_schedule(peak, max(1, num_steps - num_warmup)) if optimizer.schedule == "cosine" else peak
-    if not num_warmup:
-        return after
-    after = after if callable(after) else optax.constant_schedule(after)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, num_warmup), after], [num_warmup])
+    peak, is_cosine = optimizer.learning_rate, optimizer.schedule == "cosine"
+    if not num_warmup and not is_cosine:
+        return peak
+    after = optax.cosine_decay_schedule(peak, max(1, num_steps - num_warmup)) if is_cosine else optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, num_warmup), after], [num_warmup]) if num_warmup else after
 
 
 def build_train_step(
