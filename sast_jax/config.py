@@ -2,8 +2,8 @@
 
 import difflib
 import functools
-import importlib.util
 import json
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,15 +206,13 @@ def load_function(path: Path, name: str, arguments: str = "") -> Callable[..., A
     """
     if not path.is_file():
         raise UserError(f"--config: there is no file {str(path)!r}; give --config=FILE.py or --config=FILE.py:variant")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if path.suffix != ".py" or spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise UserError(f"--config: {str(path)!r} must end in .py and define {name}({arguments}), or in .json")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
+    try:  # Not imported: a file edited within a second, at the same length, would be taken from Python's cache.
+        names = runpy.run_path(str(path), run_name=f"config_{path.stem}")
     except (Exception, SystemExit) as error:  # A config file is code of the user's and may raise anything.
         raise UserError(f"--config: {str(path)!r} could not be run: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
+    function = names.get(name)
     if not callable(function):
         raise UserError(f"--config: {str(path)!r} does not define {name}({arguments})")
     return function

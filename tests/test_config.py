@@ -1,4 +1,5 @@
 import math
+import os
 import re
 from pathlib import Path
 
@@ -231,6 +232,15 @@ def test_learning_rate_falls_to_zero_over_the_run_or_stays(float64):
     assert sizes["constant"] == pytest.approx(momentum)
     assert sizes["cosine"] == pytest.approx([m * float(optax.cosine_decay_schedule(1.0, 4)(i)) for i, m in enumerate(momentum)])
     assert sizes["cosine"][4] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_edited_config_file_is_read_anew_however_soon(tmp_path):
+    path = tmp_path / "mine.py"
+    text = Path("configs/digits.py").read_text()
+    for seed in (1, 2):
+        path.write_text(text.replace("config.seed = 0", f"config.seed = {seed}"))
+        os.utime(path, (1e9, 1e9))
+        assert load_configs(f"{path}:sast")[""].seed == seed
 
 
 def test_learning_rate_rises_over_the_share_of_the_warmup_and_falls_over_the_rest():
