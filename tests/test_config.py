@@ -1,6 +1,7 @@
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import ml_collections
@@ -234,7 +235,8 @@ def test_learning_rate_falls_to_zero_over_the_run_or_stays(float64):
     assert sizes["cosine"][4] == pytest.approx(0.0, abs=1e-7)
 
 
-def test_edited_config_file_is_read_anew_however_soon(tmp_path):
+def test_edited_config_file_is_read_anew_however_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "mine.py"
     text = Path("configs/digits.py").read_text()
     for seed in (1, 2):
