@@ -473,7 +473,7 @@ PATHS = sorted(Path("configs").glob("study_*.py"))
 SMALL = {
     Path("configs/study_digits_small.py"): {"dataset.downsample", "network.features"},
     Path("configs/study_nmnist_small.py"): {"dataset.downsample", "num_epochs"},
-    Path("configs/study_nmnist_tuned.py"): {"dataset.downsample", "num_epochs"},
+    Path("configs/study_nmnist_tuned.py"): {"dataset.downsample", "num_epochs", "optimizer.warmup"},
     Path("configs/study_gestures_tuned.py"): {"dataset.downsample", "optimizer.warmup"},
 }
 """Cheaper studies, and in what their baseline differs from that of the data set, but for how often it is evaluated."""
