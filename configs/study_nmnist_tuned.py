@@ -1,4 +1,4 @@
-"""The main methods of configs/study_nmnist_small.py again, each with a learning rate of its own: an hour of two CPU cores.
+"""The main methods of configs/study_nmnist_small.py again, each with a learning rate of its own: over an hour of two CPU cores.
 
     sast-jax sweep --config=configs/study_nmnist_tuned.py --config.dataset.root=FOLDER --workdir=runs/study_tuned --processes=2
 
@@ -31,5 +31,5 @@ def get_config(variant=""):
 
 def get_study():
     """Returns the methods, each with all combinations of these values and of those of its own; the first of equals is taken."""
-    methods = with_grid({"optimizer.learning_rate": (48e-3, 24e-3, 96e-3)})
+    methods = with_grid({"optimizer.learning_rate": (24e-3, 12e-3, 48e-3, 96e-3)})
     return Study({name: methods[name] for name in NAMES}, seeds=(0, 1, 2, 3, 4), selection_seeds=(100, 101), folds=5)
