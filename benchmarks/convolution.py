@@ -1,25 +1,19 @@
-"""Time of one convolution and of its weight gradient, as jax has them and as sast_jax has them, alone and spread over all cores.
+"""Time of one convolution and of its weight gradient, as jax has them and as sast_jax has them.
 
     python benchmarks/convolution.py
 
-Two kinds of processes take turns: as jax comes, and after `spread_convolutions`, as the command runs. In each, the ways take
-turns. A ratio is the median, over the rounds, of a time over that of `jax.lax.conv_general_dilated`, or of the gradient that jax
-derives from it, as jax comes, in the same round. Results are compared first. Writes `benchmarks/results/convolution.json` and
-`.md`, and the table into `docs/results.md`.
+Both take turns. A ratio is the median, over the rounds, of a time over that of `jax.lax.conv_general_dilated`, or of the gradient
+that jax derives from it, in the same round. Results are compared first. Writes `benchmarks/results/convolution.json` and `.md`,
+and the table into `docs/results.md`.
 """
 
-import argparse
 import functools
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 from jax import lax
 from publish import publish
-from turns import compare, describe, prepare, show, take_turns
+from turns import begin, compare, describe, show, take_turns
 
 from sast_jax.convolution import convolution
 
@@ -29,7 +23,7 @@ LAYERS = {
     "64x64, 2 to 16 channels, batch 16": (16, 64, 2, 16),
     "32x32, 16 to 32 channels, batch 16": (16, 32, 16, 32),
 }
-KERNEL_SIZE, TIMES = 5, 20
+KERNEL_SIZE = 5
 
 
 def plain(images, kernel):
@@ -40,8 +34,8 @@ def plain(images, kernel):
 WAYS = {"jax.lax": plain, "sast_jax": convolution}
 
 
-def measure(batch_size, size, channels, features):
-    """Returns median seconds by way and kind."""
+def measure(batch_size, size, channels, features, rounds):
+    """Returns a row for each way."""
     rng = np.random.default_rng(0)
     images = jax.device_put((rng.random((batch_size, size, size, channels)) < 0.15).astype(np.float32))
     kernel = jax.device_put(rng.normal(size=(KERNEL_SIZE, KERNEL_SIZE, channels, features)).astype(np.float32))
@@ -58,13 +52,10 @@ def measure(batch_size, size, channels, features):
     for (_, kind), function in functions.items():
         expected = functions["jax.lax", kind]()
         np.testing.assert_allclose(function(), expected, atol=1e-5 * float(abs(expected).max()))
-    return {" ".join(key): float(np.median(values)) for key, values in take_turns(functions, TIMES).items()}
-
-
-def child(how):
-    """Measures all layers in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, f"--child={how}"], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    seconds = take_turns(functions, rounds)
+    return {
+        name: {kind: compare(seconds[name, kind], seconds["jax.lax", kind]) for kind in ("forward", "gradient")} for name in WAYS
+    }
 
 
 def markdown(tables, environment):
@@ -77,30 +68,8 @@ def markdown(tables, environment):
 
 def main():
     """Measures, then prints and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--child", choices=("alone", "spread"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    environment = {"load_average": os.getloadavg()[0], "rounds": args.rounds}
-    environment |= prepare(spread=args.child == "spread")
-    if args.child:
-        json.dump({title: measure(*layer) for title, layer in LAYERS.items()}, sys.stdout)
-        return
-    rounds = [{how: child(how) for how in ("alone", "spread")} for _ in range(args.rounds)]
-    titles = {"alone": "as jax comes", "spread": "spread"}
-    tables = {}
-    for layer in LAYERS:
-
-        def seconds(how, way, kind, layer=layer):
-            return np.array([each[how][layer][f"{way} {kind}"] for each in rounds])
-
-        tables[layer] = {
-            f"{way}, {title}": {
-                kind: compare(seconds(how, way, kind), seconds("alone", "jax.lax", kind)) for kind in ("forward", "gradient")
-            }
-            for how, title in titles.items()
-            for way in WAYS
-        }
+    environment = begin(__doc__)
+    tables = {title: measure(*layer, environment["rounds"]) for title, layer in LAYERS.items()}
     publish("convolution", {"environment": environment, "layers": tables}, markdown(tables, environment))
 
 

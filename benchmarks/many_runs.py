@@ -17,7 +17,6 @@ from train_step import Program
 from turns import take_turns
 
 from sast_jax.allocator import keep_freed_memory
-from sast_jax.compilation import spread_convolutions
 from sast_jax.config import load_configs
 from sast_jax.data import Batch, sensor_size
 from sast_jax.devices import memory_bytes
@@ -100,7 +99,6 @@ def main():
     parser.add_argument("--runs", default="1,2,4,8", help="numbers of runs; the first one is the reference")
     args = parser.parse_args()
     keep_freed_memory()
-    spread_convolutions()
     numbers = [int(number) for number in args.runs.split(",")]
     settings = {"rounds": args.rounds, "load": os.getloadavg()[0], "environment": environment()}
     tables = {}

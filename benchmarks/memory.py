@@ -17,7 +17,6 @@ from publish import publish
 from transfer_gap import cell, numbers
 
 from sast_jax.allocator import keep_freed_memory
-from sast_jax.compilation import spread_convolutions
 from sast_jax.config import load_configs
 from sast_jax.data import DESCENT, batch_indices, evaluation_batches, take_batch
 from sast_jax.data.gestures import CLASSES
@@ -79,7 +78,6 @@ def run(condition, seed, overrides):
 def main():
     """Trains, and writes the table."""
     keep_freed_memory()
-    spread_convolutions()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2))
     args, rest = parser.parse_known_args()

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from sast_jax.allocator import keep_freed_memory
-from sast_jax.compilation import spread_convolutions
 
 DECAY, SLOPE, RHO, LEARNING_RATE, NUM_CLASSES, KERNEL, POOL = 0.9, 2.0, 0.1, 1e-3, 10, 5, 2
 CORES = len(os.sched_getaffinity(0))
@@ -201,14 +200,16 @@ def smooth_spike(x):
 
 
 def sast_jax_program(workload, weights, batches):
-    """The train step of sast_jax that users have, metrics and all."""
-    import jax
+    """The train step of sast_jax that users have, metrics and all, on the cores as devices."""
     import optax
 
     from sast_jax import SpikingConvNet, SpikingMLP, sam
-    from sast_jax.data import Batch
+    from sast_jax.data import BATCH_SPECS, Batch
+    from sast_jax.devices import WHOLE, make_mesh, place, split_cpu
     from sast_jax.training import init_state, make_train_step
 
+    split_cpu()
+    mesh = make_mesh(workload.batch_size)
     if workload.kernel:
         network = SpikingConvNet(NUM_CLASSES, features=workload.features, kernel_size=workload.kernel)
     else:
@@ -221,12 +222,13 @@ def sast_jax_program(workload, weights, batches):
         batches,
     )
     program.batches = [
-        jax.device_put(Batch(frames, labels.astype(np.int32), np.ones(len(labels), bool))) for frames, labels in batches
+        place(Batch(frames, labels.astype(np.int32), np.ones(len(labels), bool)), mesh, BATCH_SPECS) for frames, labels in batches
     ]
+    program.params = place(params, mesh, WHOLE)
 
     def make(mode, tx):
         state = init_state(network, tx, batches[0][0][:, :1], seed=0, params=params)
-        return state, make_train_step(network, tx, mode)
+        return place(state, mesh, WHOLE), make_train_step(network, tx, mode, mesh=mesh)
 
     adam = optax.adam(LEARNING_RATE)
     steps = {"train": make("straight_through", adam), "sast": make("surrogate", optax.chain(sam(RHO), adam))}
@@ -593,7 +595,6 @@ def main():
     parser.add_argument("workload")
     args = parser.parse_args()
     keep_freed_memory()
-    spread_convolutions()
     out = os.fdopen(os.dup(1), "w", buffering=1)  # Libraries print, too.
     os.dup2(2, 1)
     try:

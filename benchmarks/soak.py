@@ -17,8 +17,8 @@ import numpy as np
 from publish import RESULTS, ROOT, publish
 
 from sast_jax.allocator import keep_freed_memory
-from sast_jax.compilation import spread_convolutions
 from sast_jax.config import load_configs
+from sast_jax.devices import split_cpu
 from sast_jax.training import train_and_evaluate
 from sast_jax.training.progress import Progress
 from sast_jax.training.run import environment
@@ -96,7 +96,7 @@ def plot(rows, path):
 def main():
     """Trains, and writes the table and the figure."""
     keep_freed_memory()
-    spread_convolutions()
+    split_cpu()
     rows = watch()
     result = summarize(rows)
     plot(rows, RESULTS / "soak.png")

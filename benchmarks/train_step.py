@@ -3,7 +3,8 @@
     python benchmarks/train_step.py
 
 The candidates take turns, so that a busy machine slows all of them alike; a row's ratio is the median, over the rounds, of
-its time over that of the default. Writes `benchmarks/results/train_step.json` and `.md`, and the table into `docs/results.md`.
+its time over that of the default. Each core of a CPU is a device, as in training by the command, but where a row says otherwise.
+Writes `benchmarks/results/train_step.json` and `.md`, and the table into `docs/results.md`.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ from publish import publish
 from turns import begin, compare, describe, show, take_turns
 
 from sast_jax import SpikingConvNet, SpikingMLP, sam
-from sast_jax.data import Batch
+from sast_jax.data import BATCH_SPECS, Batch
+from sast_jax.devices import WHOLE, make_mesh, place, split_cpu
 from sast_jax.training import init_state, make_train_step
 
 
@@ -34,14 +36,18 @@ CONV = {
     "step-major, unrolled, derived gradient": (SpikingConvNet(10, order="step_major", unroll=None), False, 0.0),
     "step-major, rolled loop, derived gradient": (SpikingConvNet(10, order="step_major", unroll=1), False, 0.0),
     "layer-major": (SpikingConvNet(10, order="layer_major"), True, 0.0),
+    "default, not a device per core but one for all": (SpikingConvNet(10), True, 0.0, None),
     "default, SAM with an independent batch": (SpikingConvNet(10), True, 0.3),
+    "the same, one device for all cores": (SpikingConvNet(10), True, 0.3, None),
 }
 DENSE = {
     "layer-major": (SpikingMLP(10), True, 0.0),
     "layer-major, unrolled": (SpikingMLP(10, unroll=None), True, 0.0),
     "step-major, rolled loop": (SpikingMLP(10, order="step_major"), True, 0.0),
     "step-major, unrolled": (SpikingMLP(10, order="step_major", unroll=None), True, 0.0),
+    "default, not a device per core but one for all": (SpikingMLP(10), True, 0.0, None),
     "default, SAM with an independent batch": (SpikingMLP(10), True, 0.3),
+    "the same, one device for all cores": (SpikingMLP(10), True, 0.3, None),
 }
 WORKLOADS = {
     "conv 34x34x2 - 12 - 32, T 10, batch 32": (CONV, 10, 32),
@@ -68,8 +74,10 @@ class Program:
         return self._state
 
 
-def make_program(network, canonical, rho, num_time_steps, batch_size):
+def make_program(candidate, num_time_steps, batch_size):
     """Returns the program of a candidate."""
+    network, canonical, rho, *mesh = candidate
+    (mesh,) = mesh or [make_mesh(batch_size)]
     rng = np.random.default_rng(0)
     shape = (num_time_steps, batch_size, 34, 34, 2)
 
@@ -81,13 +89,14 @@ def make_program(network, canonical, rho, num_time_steps, batch_size):
     tx = optax.chain(sam(rho), optax.adam(1e-3)) if rho else optax.adam(1e-3)
     convolution = mock.patch("sast_jax.convolution.convolution", plain_convolution)
     with contextlib.nullcontext() if canonical else convolution:
-        state = init_state(network, tx, np.zeros(shape)[:, :1], seed=0)
-        return Program(make_train_step(network, tx, "surrogate"), state, batches)
+        state = place(init_state(network, tx, np.zeros(shape)[:, :1], seed=0), mesh, WHOLE)
+        step = make_train_step(network, tx, "surrogate", mesh=mesh)
+        return Program(step, state, [place(batch, mesh, BATCH_SPECS) for batch in batches])
 
 
 def measure(candidates, num_time_steps, batch_size, rounds):
     """Returns a row per candidate; the first one is what the others are compared with."""
-    compiled = {name: make_program(*candidate, num_time_steps, batch_size) for name, candidate in candidates.items()}
+    compiled = {name: make_program(candidate, num_time_steps, batch_size) for name, candidate in candidates.items()}
     seconds = take_turns({name: candidate.run for name, candidate in compiled.items()}, rounds)
     reference = next(iter(seconds.values()))
     return {
@@ -109,6 +118,7 @@ def markdown(tables, environment):
 
 def main():
     """Measures, then prints and writes the tables."""
+    split_cpu()
     environment = begin(__doc__)
     tables = {workload: measure(*arguments, environment["rounds"]) for workload, arguments in WORKLOADS.items()}
     publish("train_step", {"environment": environment, "workloads": tables}, markdown(tables, environment))

@@ -19,8 +19,8 @@ import numpy as np
 from publish import RESULTS, publish
 
 from sast_jax.allocator import keep_freed_memory
-from sast_jax.compilation import spread_convolutions
 from sast_jax.config import load_configs
+from sast_jax.devices import split_cpu
 from sast_jax.experiments.statistics import summarize
 from sast_jax.training import train_and_evaluate
 from sast_jax.training.processes import Workers
@@ -57,7 +57,7 @@ def make_parser(description):
 def parse(parser):
     """Returns the arguments and the overrides of the config."""
     keep_freed_memory()
-    spread_convolutions()
+    split_cpu()
     args, rest = parser.parse_known_args()
     return args, [text.removeprefix("--config.") for text in rest]
 

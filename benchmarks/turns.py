@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from sast_jax.allocator import keep_freed_memory
-from sast_jax.compilation import spread_convolutions
 
 
 def take_turns(functions, rounds):
@@ -36,20 +35,19 @@ def show(row, digits):
     return f"{median} ({low} - {high}) | {row['ratio']:.2f}"
 
 
-def prepare(spread=True):
-    """Prepares the process as the command does, and describes where it runs."""
-    keep_freed_memory()
-    if spread:
-        spread_convolutions()
-    return {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__}
-
-
 def begin(description):
     """Reads the number of rounds from the command line, prepares the process, and describes both."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    return prepare() | {"load_average": os.getloadavg()[0], "rounds": rounds}
+    keep_freed_memory()
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)),
+        "jax": jax.__version__,
+        "load_average": os.getloadavg()[0],
+        "rounds": rounds,
+    }
 
 
 def describe(environment):

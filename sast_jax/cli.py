@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sast_jax.allocator import keep_freed_memory
-from sast_jax.compilation import keep_compiled, spread_convolutions
+from sast_jax.compilation import keep_compiled
 from sast_jax.errors import Interrupted, UserError, refuse, show_warning
 
 EXIT_USER_ERROR = 2
@@ -139,12 +139,14 @@ def _split_overrides(argv):
 
 def _train(args, overrides):
     from sast_jax import config as config_lib
-    from sast_jax.devices import connect_hosts, is_first_host
+    from sast_jax.devices import connect_hosts, is_first_host, split_cpu
     from sast_jax.training import train_variants
     from sast_jax.training.run import RESULTS, read_json
 
     if args.hosts is not None:
         connect_hosts(args.hosts)
+    else:
+        split_cpu()
     is_finished = read_json(args.workdir / RESULTS) is not None  # Then its recordings may be gone.
     configs = config_lib.load_configs(args.config, overrides, with_data=not is_finished)
     results = train_variants(configs, args.workdir)
@@ -154,9 +156,11 @@ def _train(args, overrides):
 
 
 def _sweep(args, overrides):
+    from sast_jax.devices import split_cpu
     from sast_jax.experiments.page import PAGE, find, write_page
     from sast_jax.experiments.sweep import run_study
 
+    split_cpu()
     results = run_study(args.config, overrides, args.workdir, together=args.together, processes=args.processes)
     write_page(results, args.workdir)
     print("\n".join(find(results)))
@@ -297,7 +301,6 @@ def entry_point() -> None:
         signal.signal(number, _leave)
     keep_freed_memory()
     keep_compiled()
-    spread_convolutions()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # A folder's name may not be text.
     warnings.showwarning = show_warning
     status = main()

@@ -1,6 +1,5 @@
-"""What jax is told before it is first used: where to keep compiled programs, and how to take convolutions on a CPU."""
+"""Where jax keeps compiled programs."""
 
-import importlib.metadata
 import os
 import warnings
 
@@ -32,26 +31,4 @@ def keep_compiled() -> bool:
         return False
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder.absolute()), **_SETTINGS}
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
-    return True
-
-
-_LIBRARY_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-_LIBRARY_VERSIONS = ("0.10.2",)
-"""Versions of jaxlib that were seen to know the flag. XLA ends a process that gives it one that it does not know."""
-
-
-def spread_convolutions() -> bool:
-    """Lets XLA spread each convolution over all cores of a CPU; before jax is first used.
-
-    By default jaxlib gives most convolutions to a library, YNNPACK, that takes each of them on a single core. With this flag
-    XLA takes all of them in its own way, which costs somewhat more work and uses all cores.
-
-    Returns:
-        Whether XLA is told so; not if `XLA_FLAGS` already says something about the library, or by versions of jaxlib with
-        which this has not been tried.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _LIBRARY_FLAG in flags or importlib.metadata.version("jaxlib") not in _LIBRARY_VERSIONS:
-        return False
-    os.environ["XLA_FLAGS"] = f"{flags} {_LIBRARY_FLAG}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION".strip()
     return True

@@ -416,10 +416,10 @@ def _find_conflicts(config, flat):
         problems.append(
             f"optimizer.weight_decay: only adamw has one; got {config.optimizer.weight_decay} with {config.optimizer.name!r}"
         )
-    for key in ("batch_size", "sam.perturbation_batch_size"):
+    for key in ("batch_size", *["sam.perturbation_batch_size"] * bool(config.sam.rho)):
         if flat[key] % config.num_microbatches:
             problems.append(f"{key}: must be a multiple of num_microbatches, {config.num_microbatches}; got {flat[key]}")
-    if config.sam.perturbation != "independent" and config.sam.perturbation_batch_size:
+    if config.sam.rho and config.sam.perturbation != "independent" and config.sam.perturbation_batch_size:
         problems.append(
             f"sam.perturbation_batch_size: {config.sam.perturbation!r} perturbs by no batch of its own, so it must be 0; got "
             f"{config.sam.perturbation_batch_size}"

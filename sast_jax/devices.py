@@ -21,6 +21,33 @@ WHOLE, SPREAD = PartitionSpec(), PartitionSpec(AXIS)
 """An array that every device has; one whose first axis is cut into equal parts, a device each."""
 
 
+MAX_SPLIT = 8
+"""Into how many devices a CPU is split at most."""
+
+
+def split_cpu() -> bool:
+    """Lets jax take a CPU as several devices, one for each core that this process may use; before jax uses any device.
+
+    The operations of a spiking network are many and small: cores that share each of them wait for each other most of the time,
+    and the library that XLA gives convolutions to takes each on a single core. As devices the cores share a batch by its samples
+    instead and meet once a gradient.
+
+    Returns:
+        Whether it does; not if there is one core, if the number of devices is set already (`JAX_NUM_CPU_DEVICES`,
+        `--xla_force_host_platform_device_count` in `XLA_FLAGS`), or if jax has used one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_set = jax.config.jax_num_cpu_devices > 0  # type: ignore[attr-defined]
+    is_set |= "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if cores == 1 or is_set:
+        return False
+    try:
+        jax.config.update("jax_num_cpu_devices", min(cores, MAX_SPLIT))
+    except RuntimeError:  # Too late.
+        return False
+    return True
+
+
 def make_mesh(num_parts: int) -> Mesh | None:
     """Returns as many devices as can have equally many of `num_parts` parts; `None` if that is one.
 

@@ -1,11 +1,10 @@
-import importlib.metadata
 import os
 import subprocess
 import sys
 
 import pytest
 
-from sast_jax.compilation import _LIBRARY_VERSIONS, keep_compiled, spread_convolutions
+from sast_jax.compilation import keep_compiled
 
 VARIABLES = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "SAST_JAX_CACHE")
 
@@ -65,42 +64,3 @@ def test_folder_that_cannot_be_made_is_no_obstacle(clean, tmp_path):
     clean["SAST_JAX_CACHE"] = str(tmp_path / "file" / "cache")
     assert not keep_compiled()
     assert "JAX_COMPILATION_CACHE_DIR" not in clean
-
-
-CONVOLUTION = """
-import sys
-from sast_jax.compilation import spread_convolutions
-if sys.argv[1] == "spread":
-    assert spread_convolutions()
-    assert not spread_convolutions()
-import jax, jax.numpy as jnp
-from sast_jax.convolution import convolution
-images, kernel = jnp.ones((8, 17, 17, 16)), jnp.ones((5, 5, 16, 32))
-program = jax.jit(convolution).lower(images, kernel).compile().as_text()
-print("ynn_fusion" in program, float(convolution(images, kernel).sum()))
-"""
-
-
-@pytest.mark.skipif(importlib.metadata.version("jaxlib") not in _LIBRARY_VERSIONS, reason="not tried with this jaxlib")
-def test_convolutions_are_given_to_a_library_unless_they_are_to_be_spread():
-    alone, spread = (
-        subprocess.run([sys.executable, "-c", CONVOLUTION, how], capture_output=True, text=True, check=True).stdout.split()
-        for how in ("alone", "spread")
-    )
-    assert (alone[0], spread[0]) == ("True", "False")
-    assert alone[1] == spread[1]
-
-
-def test_flags_of_the_user_stay_and_other_versions_of_jaxlib_are_left_alone(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION")
-    before = os.environ["XLA_FLAGS"]
-    assert not spread_convolutions()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.9")
-    assert not spread_convolutions()
-    assert os.environ["XLA_FLAGS"] == before
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    assert not spread_convolutions()
-    monkeypatch.undo()
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    assert spread_convolutions() == (importlib.metadata.version("jaxlib") in _LIBRARY_VERSIONS)
-    assert os.environ["XLA_FLAGS"].startswith("--xla_force_host_platform_device_count=2")

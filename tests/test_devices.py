@@ -1,6 +1,7 @@
 """Training on several devices and by several processes equals training on one."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -149,6 +150,35 @@ def assert_runs_equal(a, b):
     x, y = load_run(a).results, load_run(b).results
     for key in ("surrogate_loss", "hard_accuracy", "num_test", "num_gradient_evaluations"):
         assert x[key] == pytest.approx(y[key], rel=1e-4), key
+
+
+SPLIT = """
+import os, sys
+cores = set(range(int(sys.argv[1])))
+os.sched_getaffinity = lambda process: cores
+from sast_jax.devices import split_cpu
+import jax
+is_late = len(sys.argv) > 2 and jax.devices()
+print(split_cpu(), len(jax.devices()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        (["3"], {}, "True 3"),
+        (["40"], {}, "True 8"),
+        (["1"], {}, "False 1"),
+        (["3", "late"], {}, "False 1"),
+        (["3"], {"JAX_NUM_CPU_DEVICES": "2"}, "False 2"),
+        (["3"], {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "False 2"),
+    ],
+)
+def test_each_core_of_a_cpu_becomes_a_device_unless_their_number_is_set_or_one_is_in_use(arguments, variables, expected):
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "-c", SPLIT, *arguments]
+    done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ RESIDENT_SHARE = 0.25
 """Share of the device's memory that recordings may take; the rest is for the network."""
 
 RESIDENT_BYTES = 2**31
-"""What they may take where the device does not tell its memory, as a CPU."""
+"""What they may take where devices do not tell their memory, as the parts of a CPU, which share it."""
 
 
 def make_take(
@@ -34,7 +34,7 @@ def make_take(
         mesh: Devices, whose number divides that of the indices; `None`: one.
         max_resident_bytes: What frames may take of the device's memory; not given: `RESIDENT_SHARE` of it.
     """
-    limit = _resident_bytes() if max_resident_bytes is None else max_resident_bytes
+    limit = _resident_bytes(mesh) if max_resident_bytes is None else max_resident_bytes
     if recordings.frames.nbytes > limit:
         return functools.partial(_take, recordings, mesh)
     frames, labels = place((recordings.frames, recordings.labels), mesh, WHOLE)
@@ -62,9 +62,11 @@ def _gather(frames, labels, indices):
     return Batch(taken, labels.at[indices].get(mode="promise_in_bounds"), jnp.ones(len(indices), bool))
 
 
-def _resident_bytes():
+def _resident_bytes(mesh):
     statistics = jax.local_devices()[0].memory_stats() or {}
-    return int(RESIDENT_SHARE * statistics["bytes_limit"]) if "bytes_limit" in statistics else RESIDENT_BYTES
+    if "bytes_limit" in statistics:
+        return int(RESIDENT_SHARE * statistics["bytes_limit"])
+    return RESIDENT_BYTES // (mesh.size if mesh else 1)
 
 
 T = TypeVar("T")

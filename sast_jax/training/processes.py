@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 
 from sast_jax.allocator import keep_freed_memory
+from sast_jax.devices import split_cpu
 from sast_jax.errors import Interrupted, UserError, show_warning
 from sast_jax.training.interruption import StopRequest
 from sast_jax.training.session import Result
@@ -143,6 +144,7 @@ class Workers:
 def _work(connection, cores, parent):
     """What a process does until its parent closes the connection."""
     os.sched_setaffinity(0, cores)  # Before anything has used a device.
+    split_cpu()
     keep_freed_memory()
     warnings.showwarning = show_warning
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent passes it on.
