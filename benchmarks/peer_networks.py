@@ -200,7 +200,7 @@ def smooth_spike(x):
 
 
 def sast_jax_program(workload, weights, batches):
-    """The train step of sast_jax that users have, metrics and all, on the cores as devices."""
+    """The train step of sast_jax that users have, metrics and all, on as many devices as the command takes."""
     import optax
 
     from sast_jax import SpikingConvNet, SpikingMLP, sam
@@ -209,7 +209,7 @@ def sast_jax_program(workload, weights, batches):
     from sast_jax.training import init_state, make_train_step
 
     split_cpu()
-    mesh = make_mesh(workload.batch_size)
+    mesh = make_mesh(workload.batch_size) if workload.kernel else None
     if workload.kernel:
         network = SpikingConvNet(NUM_CLASSES, features=workload.features, kernel_size=workload.kernel)
     else:

@@ -3,7 +3,8 @@
     python benchmarks/train_step.py
 
 The candidates take turns, so that a busy machine slows all of them alike; a row's ratio is the median, over the rounds, of
-its time over that of the default. Each core of a CPU is a device, as in training by the command, but where a row says otherwise.
+its time over that of the default. Each core of a CPU is a device for the convolutional network, one device has all for the
+dense one, as in training by the command, but where a row says otherwise.
 Writes `benchmarks/results/train_step.json` and `.md`, and the table into `docs/results.md`.
 """
 
@@ -36,22 +37,18 @@ CONV = {
     "step-major, unrolled, derived gradient": (SpikingConvNet(10, order="step_major", unroll=None), False, 0.0),
     "step-major, rolled loop, derived gradient": (SpikingConvNet(10, order="step_major", unroll=1), False, 0.0),
     "layer-major": (SpikingConvNet(10, order="layer_major"), True, 0.0),
-    "default, not a device per core but one for all": (SpikingConvNet(10), True, 0.0, None),
     "default, SAM with an independent batch": (SpikingConvNet(10), True, 0.3),
-    "the same, one device for all cores": (SpikingConvNet(10), True, 0.3, None),
 }
 DENSE = {
     "layer-major": (SpikingMLP(10), True, 0.0),
     "layer-major, unrolled": (SpikingMLP(10, unroll=None), True, 0.0),
     "step-major, rolled loop": (SpikingMLP(10, order="step_major"), True, 0.0),
     "step-major, unrolled": (SpikingMLP(10, order="step_major", unroll=None), True, 0.0),
-    "default, not a device per core but one for all": (SpikingMLP(10), True, 0.0, None),
     "default, SAM with an independent batch": (SpikingMLP(10), True, 0.3),
-    "the same, one device for all cores": (SpikingMLP(10), True, 0.3, None),
 }
 WORKLOADS = {
-    "conv 34x34x2 - 12 - 32, T 10, batch 32": (CONV, 10, 32),
-    "dense 2312 - 512 - 10, T 25, batch 128": (DENSE, 25, 128),
+    "conv 34x34x2 - 12 - 32, T 10, batch 32": (CONV, True, 10, 32),
+    "dense 2312 - 512 - 10, T 25, batch 128": (DENSE, False, 25, 128),
 }
 
 
@@ -74,10 +71,9 @@ class Program:
         return self._state
 
 
-def make_program(candidate, num_time_steps, batch_size):
+def make_program(network, canonical, rho, is_split, num_time_steps, batch_size):
     """Returns the program of a candidate."""
-    network, canonical, rho, *mesh = candidate
-    (mesh,) = mesh or [make_mesh(batch_size)]
+    mesh = make_mesh(batch_size) if is_split else None
     rng = np.random.default_rng(0)
     shape = (num_time_steps, batch_size, 34, 34, 2)
 
@@ -94,9 +90,11 @@ def make_program(candidate, num_time_steps, batch_size):
         return Program(step, state, [place(batch, mesh, BATCH_SPECS) for batch in batches])
 
 
-def measure(candidates, num_time_steps, batch_size, rounds):
+def measure(candidates, is_split, num_time_steps, batch_size, rounds):
     """Returns a row per candidate; the first one is what the others are compared with."""
-    compiled = {name: make_program(candidate, num_time_steps, batch_size) for name, candidate in candidates.items()}
+    other = "default, one device for all cores" if is_split else "default, a device per core"
+    compiled = {name: make_program(*each, is_split, num_time_steps, batch_size) for name, each in candidates.items()}
+    compiled[other] = make_program(*next(iter(candidates.values())), not is_split, num_time_steps, batch_size)
     seconds = take_turns({name: candidate.run for name, candidate in compiled.items()}, rounds)
     reference = next(iter(seconds.values()))
     return {

@@ -24,6 +24,8 @@ WHOLE, SPREAD = PartitionSpec(), PartitionSpec(AXIS)
 MAX_SPLIT = 8
 """Into how many devices a CPU is split at most."""
 
+_is_split = False
+
 
 def split_cpu() -> bool:
     """Lets jax take a CPU as several devices, one for each core that this process may use; before jax uses any device.
@@ -45,7 +47,14 @@ def split_cpu() -> bool:
         jax.config.update("jax_num_cpu_devices", min(cores, MAX_SPLIT))
     except RuntimeError:  # Too late.
         return False
+    global _is_split
+    _is_split = True
     return True
+
+
+def is_split() -> bool:
+    """Whether the devices are the cores of one CPU, by `split_cpu`."""
+    return _is_split
 
 
 def make_mesh(num_parts: int) -> Mesh | None:

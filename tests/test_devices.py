@@ -181,6 +181,28 @@ def test_each_core_of_a_cpu_becomes_a_device_unless_their_number_is_set_or_one_i
     assert done.stdout.strip() == expected
 
 
+TRAIN = """
+import os, sys
+os.sched_getaffinity = lambda process: {0, 1}
+from sast_jax.cli import main
+
+folder, *overrides = sys.argv[1:]
+for kind in ("conv", "mlp"):
+    main(["train", "--config=configs/nmnist.py:sast", f"--workdir={folder}/{kind}", *overrides, f"--config.network.kind={kind}"])
+"""
+
+
+def test_command_trains_convolutions_on_a_device_per_core_and_dense_layers_on_one(tiny, small_nmnist, tmp_path):
+    overrides = [f"--config.{each}" for each in (*TINY, f"dataset.root={small_nmnist}", "batch_size=8")]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "-c", TRAIN, str(tmp_path), *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [load_run(tmp_path / kind).results["num_devices"] for kind in ("conv", "mlp")] == [2, 1]
+    train_and_evaluate(tiny("sast", "network.kind=conv", "batch_size=8"), tmp_path / "one")
+    assert_runs_equal(tmp_path / "conv", tmp_path / "one")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("four_devices")
 def test_runs_on_four_devices_equal_those_on_one_and_many_runs_share_devices(tiny, small_nmnist, tmp_path):

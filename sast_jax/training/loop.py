@@ -15,7 +15,7 @@ import numpy as np
 
 from sast_jax import config as config_lib
 from sast_jax.data import Prefetch, make_take, take_batch
-from sast_jax.devices import WHOLE, Mesh, is_first_host, make_mesh, on_any_host, place
+from sast_jax.devices import WHOLE, Mesh, is_first_host, is_split, make_mesh, on_any_host, place
 from sast_jax.errors import Diverged, Interrupted, UserError, refuse
 from sast_jax.evaluation.transfer import make_eval_step
 from sast_jax.files import only_process, write_json
@@ -170,6 +170,9 @@ def _groups(
 def _mesh_of_samples(task: Task) -> Mesh | None:
     """Devices that share the batches of a single run."""
     config = task.config
+    # Cores share the few large products of dense layers well, and each would update their large weights.
+    if is_split() and (config.network.kind == "mlp" or config.spikes.hard_share):
+        return None
     if config.spikes.hard_share and len(jax.devices()) > 1:
         message = "spikes.hard_share: each sample draws its spikes where it is, so that one device must have all of them"
         refuse([f"{message}; use one process"] * (jax.process_count() > 1))
