@@ -2,6 +2,9 @@
 
     python benchmarks/many_runs.py
 
+Devices are those that the command takes, the cores of a CPU among them: runs that are trained together share them run by run, a
+single one of a convolutional network by its samples.
+
 The programs take turns, so that a busy machine slows all of them alike; a ratio is the median, over the rounds, of a program's
 time per run over that of the single run. Writes `benchmarks/results/many_runs.json` and `.md`, and the table into
 `docs/results.md`.
@@ -18,12 +21,12 @@ from turns import take_turns
 
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.config import load_configs
-from sast_jax.data import Batch, sensor_size
-from sast_jax.devices import memory_bytes
+from sast_jax.data import BATCH_SPECS, Batch, sensor_size
+from sast_jax.devices import WHOLE, make_mesh, memory_bytes, place, split_cpu
 from sast_jax.training.build import build_train_step, make_network, make_optimizer
 from sast_jax.training.run import environment
 from sast_jax.training.state import make_init
-from sast_jax.training.together import MEMORY_SHARE, build_train_step_together, stack
+from sast_jax.training.together import MEMORY_SHARE, build_train_step_together, spread_runs, stack
 
 WORKLOADS = {
     "conv 34x34x2 - 8 - 16, T 10, batch 32": (),
@@ -52,9 +55,14 @@ def make_program(overrides, number):
     batches = draw(config, number, 0), draw(config, number, 1)
     init = make_init(network, make_optimizer(config, NUM_STEPS), batches[0].frames[:, :1])
     states = [init(jax.random.key(each.seed), None) for each in configs]
-    if number == 1:
-        return Program(build_train_step(config, network, NUM_STEPS), states[0], batches)
-    return Program(jax.jit(build_train_step_together(configs, network, NUM_STEPS), donate_argnums=0), stack(states), batches)
+    if number > 1:
+        mesh = make_mesh(number)
+        state, step = spread_runs(stack(states), mesh), build_train_step_together(configs, network, NUM_STEPS, mesh)
+        step = jax.jit(step, donate_argnums=0)
+    else:
+        mesh = make_mesh(config.batch_size) if config.network.kind == "conv" else None
+        state, step = place(states[0], mesh, WHOLE), build_train_step(config, network, NUM_STEPS, mesh)
+    return Program(step, state, [place(batch, mesh, BATCH_SPECS) for batch in batches])
 
 
 def measure(overrides, numbers, rounds):
@@ -99,6 +107,7 @@ def main():
     parser.add_argument("--runs", default="1,2,4,8", help="numbers of runs; the first one is the reference")
     args = parser.parse_args()
     keep_freed_memory()
+    split_cpu()
     numbers = [int(number) for number in args.runs.split(",")]
     settings = {"rounds": args.rounds, "load": os.getloadavg()[0], "environment": environment()}
     tables = {}
