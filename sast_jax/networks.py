@@ -195,8 +195,8 @@ class SpikingNetwork(nn.Module):
         gains = None if calibration is None else calibration.gains
 
         def run_chunk(network, states, frames):
-            states, spikes, outputs = run(network, states, frames, neurons, gains)
-            return states, (outputs, spikes, measure_activity(spikes))
+            states, *rest = run(network, states, frames, neurons, gains)
+            return states, rest
 
         outputs, spikes, activity = self._in_chunks(run_chunk, self._resting_states(frames), frames)
         logits = rate_readout(outputs) if self.readout == "rate" else leaky_readout(outputs, self.readout_decay)
@@ -255,7 +255,7 @@ class SpikingNetwork(nn.Module):
                 new_states.append(state)
                 spikes.append(x)
                 x = x if gains is None else gains[index] * x
-        return tuple(new_states), tuple(spikes), x
+        return tuple(new_states), x, tuple(spikes), measure_activity(spikes)
 
     def _step_major(self, states, frames, neurons, gains):
         def step(network, states, x):
@@ -266,11 +266,13 @@ class SpikingNetwork(nn.Module):
                     new_states.append(lif_step(states[index], x, **neurons[index]))
                     x = new_states[-1].spikes
                     x = x if gains is None else gains[index] * x
-            return tuple(new_states), (tuple(state.spikes for state in new_states), x)
+            spikes = tuple(state.spikes for state in new_states)
+            # Measured here, so that spikes which nothing else needs are not kept.
+            return tuple(new_states), (x, spikes, jax.tree.map(jnp.mean, measure_activity([each[None] for each in spikes])))
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self.unroll or len(frames))
-        states, (spikes, outputs) = scan(self, states, frames)
-        return states, spikes, outputs
+        states, (outputs, spikes, activity) = scan(self, states, frames)
+        return states, outputs, spikes, activity
 
 
 class SpikingMLP(SpikingNetwork):
