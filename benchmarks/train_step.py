@@ -60,8 +60,9 @@ class Program:
         start = time.perf_counter()
         self._step = step.lower(state, *batches).compile()
         self.compile_seconds = time.perf_counter() - start
-        memory = self._step.memory_analysis()
-        self.num_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        memory = self._step.memory_analysis()  # Of each of the devices.
+        num_devices = len(jax.tree.leaves(state)[0].sharding.device_set)
+        self.num_bytes = num_devices * (memory.argument_size_in_bytes + memory.temp_size_in_bytes)
         self._state, self._batches = state, jax.device_put(batches)
         self.run()
 
