@@ -54,7 +54,7 @@ def split_cpu() -> bool:
 
 def is_split() -> bool:
     """Whether the devices are the cores of one CPU, by `split_cpu`."""
-    return _is_split
+    return _is_split and jax.default_backend() == "cpu"  # Beside a GPU nothing is trained on the CPU's.
 
 
 def make_mesh(num_parts: int) -> Mesh | None:

@@ -12,7 +12,7 @@ import pytest
 
 from sast_jax import load_run
 from sast_jax.cli import main
-from sast_jax.devices import connect_hosts, make_mesh
+from sast_jax.devices import connect_hosts, is_split, make_mesh
 from sast_jax.errors import UserError
 from sast_jax.training import read_metrics, train_and_evaluate
 from tests.conftest import TINY
@@ -179,6 +179,14 @@ def test_each_core_of_a_cpu_becomes_a_device_unless_their_number_is_set_or_one_i
     command = [sys.executable, "-c", SPLIT, *arguments]
     done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
+
+
+def test_devices_are_those_of_a_split_cpu_only_where_a_cpu_trains(monkeypatch):
+    assert not is_split()
+    monkeypatch.setattr("sast_jax.devices._is_split", True)
+    assert is_split()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not is_split()
 
 
 TRAIN = """

@@ -198,8 +198,19 @@ def test_time_chunks_hold_the_memory_of_a_train_step_in_long_recordings(network,
     assert growth[10] < growth[0] / 4
 
 
-def test_activity_is_the_mean_of_the_spikes(frames):
-    net = SpikingConvNet(**CONV, time_chunk=4)
+def test_activity_of_a_time_loop_needs_no_memory_for_its_spikes(frames):
+    net = SpikingConvNet(**CONV)
+
+    def temporary_bytes(attribute):
+        program = jax.jit(lambda params, frames: getattr(net.apply({"params": params}, frames), attribute))
+        return program.lower(init(net, frames), np.tile(frames, (10, 1, 1, 1, 1))).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("activity") < temporary_bytes("logits") + 20_000  # All spikes: 10 * 6 * 2 * 9 * 8 * 4 * 4 bytes.
+
+
+@pytest.mark.parametrize("settings", [{}, {"time_chunk": 4}, {"order": "layer_major"}])
+def test_activity_is_the_mean_of_the_spikes(frames, settings):
+    net = SpikingConvNet(**CONV, **settings)
     output = net.apply({"params": init(net, frames)}, frames)
     for spikes, rate, share in zip(output.spikes, *output.activity, strict=True):
         np.testing.assert_allclose(rate, np.mean(spikes), rtol=1e-5)
