@@ -1,12 +1,12 @@
 r"""Where there is a transfer gap, and where SAST narrows it: one property of the network at a time, slope against radius.
 
     python benchmarks/axes.py --config=configs/digits.py --workdir=runs/axes_digits --rho=0.2 --config.dataset.downsample=2 \
-        --processes=2
+        --config.optimizer.learning_rate=24e-3 --config.optimizer.warmup=0.15 --processes=2
 
 Every setting is the config with what its row says, trained plainly and by SAST with radius `--rho`; the map takes all
 combinations of `--slopes` and `--rhos`. Nothing is selected: all that was trained is shown. Finished runs are not repeated.
-Writes `benchmarks/results/axes_<config>.json` and `.md`, `slope_rho_<config>.md` and `.png`, and the tables into
-`docs/results.md`.
+Writes `axes_<config>` and `slope_rho_<config>` into `benchmarks/results/`, each as `.json` and `.md`, the second as `.png` too,
+and the tables into `docs/results.md`.
 """
 
 import numpy as np

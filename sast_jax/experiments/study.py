@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from sast_jax import config as config_lib
+
 BASELINE = "baseline"
 
 
@@ -71,8 +73,7 @@ def change(config: ml_collections.ConfigDict, name: str) -> ml_collections.Confi
     method = METHODS[name]
     with config.unlocked():
         for key, value in method.changes.items():
-            section, _, name = key.rpartition(".")
-            (config[section] if section else config)[name] = value
+            config_lib.set_field(config, key, value)
         config.num_epochs *= method.epochs
     return config
 
