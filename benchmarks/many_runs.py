@@ -65,6 +65,11 @@ def make_program(overrides, number):
     return Program(step, state, [place(batch, mesh, BATCH_SPECS) for batch in batches])
 
 
+def total_memory():
+    """Bytes of all devices; the cores of a CPU share one memory."""
+    return (memory_bytes() or 0) * (1 if jax.default_backend() == "cpu" else len(jax.devices()))
+
+
 def measure(overrides, numbers, rounds):
     """Returns a row per number of runs; the first one is what the others are compared with."""
     programs = {number: make_program(overrides, number) for number in numbers}
@@ -78,7 +83,7 @@ def measure(overrides, numbers, rounds):
             "ratio": float(np.median(seconds[number] / single)),
             "compile_seconds": program.compile_seconds,
             "bytes": program.num_bytes,
-            "fitting": int(MEMORY_SHARE * (memory_bytes() or 0) / (program.num_bytes / number)),
+            "fitting": int(MEMORY_SHARE * total_memory() / (program.num_bytes / number)),
         }
         for number, program in programs.items()
     ]

@@ -72,7 +72,7 @@ class Program:
         return self._state
 
 
-def make_program(network, canonical, rho, is_split, num_time_steps, batch_size):
+def make_program(network, canonical, rho, num_time_steps, batch_size, is_split=False):
     """Returns the program of a candidate."""
     mesh = make_mesh(batch_size) if is_split else None
     rng = np.random.default_rng(0)
@@ -94,8 +94,8 @@ def make_program(network, canonical, rho, is_split, num_time_steps, batch_size):
 def measure(candidates, is_split, num_time_steps, batch_size, rounds):
     """Returns a row per candidate; the first one is what the others are compared with."""
     other = "default, one device for all cores" if is_split else "default, a device per core"
-    compiled = {name: make_program(*each, is_split, num_time_steps, batch_size) for name, each in candidates.items()}
-    compiled[other] = make_program(*next(iter(candidates.values())), not is_split, num_time_steps, batch_size)
+    compiled = {name: make_program(*each, num_time_steps, batch_size, is_split) for name, each in candidates.items()}
+    compiled[other] = make_program(*next(iter(candidates.values())), num_time_steps, batch_size, not is_split)
     seconds = take_turns({name: candidate.run for name, candidate in compiled.items()}, rounds)
     reference = next(iter(seconds.values()))
     return {

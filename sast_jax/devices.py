@@ -28,11 +28,11 @@ _is_split = False
 
 
 def split_cpu() -> bool:
-    """Lets jax take a CPU as several devices, one for each core that this process may use; before jax uses any device.
+    """Lets jax take a CPU as several devices, one for each core that this process may use, at most `MAX_SPLIT`.
 
-    The operations of a spiking network are many and small: cores that share each of them wait for each other most of the time,
-    and the library that XLA gives convolutions to takes each on a single core. As devices the cores share a batch by its samples
-    instead and meet once a gradient.
+    It must be called before jax uses any device. The operations of a spiking network are many and small, and the library that
+    XLA gives convolutions to takes each of them on a single core. As devices the cores share a batch by its samples instead, each
+    taking its own through the whole network, and meet once a gradient.
 
     Returns:
         Whether it does; not if there is one core, if the number of devices is set already (`JAX_NUM_CPU_DEVICES`,
@@ -70,7 +70,7 @@ def make_mesh(num_parts: int) -> Mesh | None:
             f"batch_size: the {len(devices)} devices of {jax.process_count()} processes must have equal parts of each batch (and "
             f"microbatch), so their number must divide {num_parts}; change batch_size or sam.perturbation_batch_size"
         )
-    if number < len(devices):
+    if number < len(devices) and not is_split():
         _LOGGER.warning("%d of %d devices are used: no larger number of them divides %d", number, len(devices), num_parts)
     return Mesh(np.array(devices[:number]), (AXIS,)) if number > 1 else None
 

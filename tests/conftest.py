@@ -36,10 +36,11 @@ def _own_cache(_shared):
 
 @pytest.fixture(autouse=True, scope="session")
 def _compile_once(_shared):
-    """Equal programs of different tests are compiled once; many tests train the same small network."""
+    """Equal programs of different tests are compiled once; many tests train the same small network. All on one device."""
     jax.config.update("jax_compilation_cache_dir", str(_shared / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    assert len(jax.devices()) == 1  # In use from here on, so that no command splits the CPU of this process.
 
 
 @pytest.fixture

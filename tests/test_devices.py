@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from sast_jax.cli import main
 from sast_jax.devices import connect_hosts, is_split, make_mesh
 from sast_jax.errors import UserError
 from sast_jax.training import read_metrics, train_and_evaluate
+from sast_jax.training.loop import _mesh_of_samples
 from tests.conftest import TINY
 
 STEPS = """
@@ -22,6 +24,7 @@ import jax, numpy as np, optax
 from sast_jax import SpikingConvNet, SpikingMLP, sam
 from sast_jax.config import load_configs
 from sast_jax.data import BATCH_SPECS, Recordings, make_augment, make_take
+from sast_jax.data.loading import RESIDENT_BYTES, _resident_bytes
 from sast_jax.devices import WHOLE, make_mesh, place
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.training import init_state, make_train_step
@@ -112,6 +115,7 @@ for limit in (0, 10**9):
     taken = make_take(recordings, mesh=mesh, max_resident_bytes=limit)(indices)
     assert {len(leaf.sharding.device_set) for leaf in taken} == {4}
     assert_close(taken, make_take(recordings)(indices), 0)
+assert _resident_bytes(mesh) == RESIDENT_BYTES // 4 == _resident_bytes(None) // 4
 print("done")
 """
 
@@ -189,6 +193,22 @@ def test_devices_are_those_of_a_split_cpu_only_where_a_cpu_trains(monkeypatch):
     assert not is_split()
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_shared"),
+    [
+        ([], True),
+        (["network.kind=mlp"], False),
+        (["spikes.hard_share=0.5"], False),
+        (["sam.ascent=per_device"], False),  # Or it would be another algorithm on another number of cores.
+    ],
+)
+def test_cores_share_the_samples_of_a_run_where_that_changes_nothing_but_its_speed(tiny, monkeypatch, fields, is_shared):
+    monkeypatch.setattr("sast_jax.training.loop.is_split", lambda: True)
+    monkeypatch.setattr("sast_jax.training.loop.make_mesh", lambda num_parts: num_parts)
+    task = SimpleNamespace(config=tiny("sast", "network.kind=conv", "batch_size=8", *fields), perturbation_batch_size=4)
+    assert _mesh_of_samples(task) == (4 if is_shared else None)
+
+
 TRAIN = """
 import os, sys
 os.sched_getaffinity = lambda process: {0, 1}
@@ -207,7 +227,7 @@ def test_command_trains_convolutions_on_a_device_per_core_and_dense_layers_on_on
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [load_run(tmp_path / kind).results["num_devices"] for kind in ("conv", "mlp")] == [2, 1]
-    train_and_evaluate(tiny("sast", "network.kind=conv", "batch_size=8"), tmp_path / "one")
+    assert train_and_evaluate(tiny("sast", "network.kind=conv", "batch_size=8"), tmp_path / "one")["num_devices"] == 1
     assert_runs_equal(tmp_path / "conv", tmp_path / "one")
 
 

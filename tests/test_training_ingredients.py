@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from sast_jax import SpikingMLP, spike_fn
-from sast_jax.config import load_configs
+from sast_jax.config import find_problems, load_configs, set_field
 from sast_jax.data import Batch
 from sast_jax.errors import UserError
 from sast_jax.sam import perturb_weights
@@ -185,8 +185,16 @@ def test_fields_that_contradict_each_other_are_refused(overrides, message):
         load(*overrides)
 
 
-def test_without_sam_a_perturbation_batch_size_has_no_effect(tiny):
-    configs = [tiny(variant).copy_and_resolve_references().unlock() for variant in ("baseline", "sast")]
-    for config in configs:
-        config.sam.perturbation_batch_size = 3
-    assert [Task(config).perturbation_batch_size for config in configs] == [configs[0].batch_size, 3]
+@pytest.mark.parametrize("fields", [{"num_microbatches": 2}, {"sam.perturbation": "noise"}, {}])
+def test_without_sam_a_perturbation_batch_size_has_no_effect(tiny, fields):
+    size = 3 if fields else 1000
+    for variant in ("baseline", "sast"):
+        config = tiny(variant).copy_and_resolve_references().unlock()
+        for key, value in {"sam.perturbation_batch_size": size, **fields}.items():
+            set_field(config, key, value)
+        assert bool(find_problems(config)) == (variant == "sast" and bool(fields))
+        if variant == "baseline":
+            assert Task(config).perturbation_batch_size == config.batch_size
+        elif not fields:
+            with pytest.raises(UserError, match="perturbation_batch_size"):
+                Task(config)

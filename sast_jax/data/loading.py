@@ -32,7 +32,8 @@ def make_take(
     Args:
         recordings: Samples to take from.
         mesh: Devices, whose number divides that of the indices; `None`: one.
-        max_resident_bytes: What frames may take of the device's memory; not given: `RESIDENT_SHARE` of it.
+        max_resident_bytes: What frames may take of the device's memory; not given: `RESIDENT_SHARE` of it, or of CPUs
+            `RESIDENT_BYTES` for all devices of this host.
     """
     limit = _resident_bytes(mesh) if max_resident_bytes is None else max_resident_bytes
     if recordings.frames.nbytes > limit:
@@ -66,7 +67,7 @@ def _resident_bytes(mesh):
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return int(RESIDENT_SHARE * statistics["bytes_limit"])
-    return RESIDENT_BYTES // (mesh.size if mesh else 1)
+    return RESIDENT_BYTES // (len(mesh.local_devices) if mesh else 1)
 
 
 T = TypeVar("T")

@@ -41,7 +41,9 @@ def load_data(config: ml_collections.ConfigDict, corruption: tuple[str, int] | N
     for note in splits.notes:
         _LOGGER.warning("%s", note)
     num_train = len(splits.train.labels)
-    sizes = {"batch_size": config.batch_size, "sam.perturbation_batch_size": config.sam.perturbation_batch_size}
+    sizes = {"batch_size": config.batch_size}
+    if config.sam.rho:
+        sizes["sam.perturbation_batch_size"] = config.sam.perturbation_batch_size
     refuse(
         [
             f"{key}: must be at most the number of training samples, {num_train}; got {size}"

@@ -170,8 +170,9 @@ def _groups(
 def _mesh_of_samples(task: Task) -> Mesh | None:
     """Devices that share the batches of a single run."""
     config = task.config
-    # Cores share the few large products of dense layers well, and each would update their large weights.
-    if is_split() and (config.network.kind == "mlp" or config.spikes.hard_share):
+    # The cores of a CPU may be left to one device: they share the few large products of dense layers well, and each would update
+    # their large weights; the other two ask for one device, and what a run computes is not to depend on the number of cores.
+    if is_split() and (config.network.kind == "mlp" or config.spikes.hard_share or config.sam.ascent == "per_device"):
         return None
     if config.spikes.hard_share and len(jax.devices()) > 1:
         message = "spikes.hard_share: each sample draws its spikes where it is, so that one device must have all of them"

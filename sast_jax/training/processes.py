@@ -45,7 +45,8 @@ def share_cores(number: int) -> list[set[int]]:
 class Workers:
     """Processes that train runs, one run each at a time.
 
-    A small network keeps few cores busy, so that on a CPU several runs side by side take less time than one after the other. The
+    A small network, its compilation and its evaluation keep few cores busy, so that on a CPU several runs side by side take less
+    time than one after the other. The
     devices of an accelerator belong to one process; there runs are trained together as one program instead. The processes import
     the main module, so a script must make them under `if __name__ == "__main__"`.
     """
