@@ -2,9 +2,13 @@
 
     sast-jax train --config=configs/best_gestures.py --workdir=runs/best_gestures
 
-Of the methods that take at most 1.3 times the baseline's gradients it is the best with hard spikes on validation persons. There,
-at half the resolution, it reached 78.2 ± 1.4 % on the persons of five folds, 1.3 ± 1.1 points below the best of any method in
-any mode (docs/study_gestures_tuned/results.md).
+Of the methods that take at most 1.3 times the baseline's gradients it is the best with hard spikes on validation persons. In that
+study, at half the resolution, it reached 78.2 ± 1.4 % on the persons of five folds, 1.3 ± 1.1 points below the best of any method
+in any mode (docs/study_gestures_tuned/results.md); its learning rate is the end of the grid.
+
+Cost and result of the command above, on 880 training, 132 validation and 264 test recordings: 24 s on two CPU cores; test
+accuracy, mean of seeds 0 to 2 (--config.seed) and its standard error, with hard spikes 93.3 ± 0.7 % (94.7, 92.4, 92.8), with
+smooth ones 91.5 ± 1.2 % (93.6, 89.4, 91.7). These persons are among those of the study's folds.
 """
 
 import runpy

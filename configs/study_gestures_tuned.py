@@ -3,8 +3,8 @@
     sast-jax sweep --config=configs/study_gestures_tuned.py --workdir=runs/study_gestures_tuned --processes=2
 
 Each of the five seeds is tested on other persons. Each method's learning rate is selected together with what is its own; the
-warm-up and the grid were settled by trial runs on the validation part, and which methods are here on N-MNIST. 176 runs take two
-CPU cores about half an hour (docs/study_gestures_tuned/results.md).
+warm-up and the grid were settled by trial runs on the validation part, and which methods are here on N-MNIST. Its 176 runs take
+two CPU cores that do nothing else about half an hour, estimated from single ones.
 """
 
 import runpy
