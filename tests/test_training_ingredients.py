@@ -200,6 +200,10 @@ def test_perturbation_batch_size_has_no_effect_without_sam_and_is_refused_only_w
         set_field(sast, key, value)
     assert not find_problems(baseline)
     assert Task(baseline).perturbation_batch_size == baseline.batch_size
+
+    def begin(config):
+        refuse(find_problems(config))
+        Task(config)  # Only its data says that there are not as many samples.
+
     with pytest.raises(UserError, match="perturbation_batch_size"):
-        refuse(find_problems(sast))
-        Task(sast)  # Its data says that there are not as many samples.
+        begin(sast)
