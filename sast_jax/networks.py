@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sast_jax.convolution import Convolution
-from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, lif_step, rate_readout
+from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, rate_readout, spikes_and_remaining
 from sast_jax.pallas import lif_pallas
 from sast_jax.spikes import Mode, SpikeFn, spike_fn
 
@@ -191,6 +191,7 @@ class SpikingNetwork(nn.Module):
         """
         is_layer_major = self.order == "layer_major" or self.time_loop == "pallas"
         run = type(self)._layer_major if is_layer_major else type(self)._step_major
+        init = lif_init if is_layer_major else jnp.zeros_like
         neurons = self.neurons(mode, calibration)
         gains = None if calibration is None else calibration.gains
 
@@ -198,15 +199,15 @@ class SpikingNetwork(nn.Module):
             states, *rest = run(network, states, frames, neurons, gains)
             return states, rest
 
-        outputs, spikes, activity = self._in_chunks(run_chunk, self._resting_states(frames), frames)
+        outputs, spikes, activity = self._in_chunks(run_chunk, tuple(map(init, self._shapes(frames))), frames)
         logits = rate_readout(outputs) if self.readout == "rate" else leaky_readout(outputs, self.readout_decay)
         return NetworkOutput(logits, spikes, jax.tree.map(jnp.mean, activity))
 
-    def _resting_states(self, frames):
-        """Returns the state of each layer of spiking neurons before the first step. A network of its own shows the shapes."""
+    def _shapes(self, frames):
+        """Returns shape and dtype of the current of each layer of spiking neurons. A network of its own shows them."""
         network, key = self.clone(parent=None, name=None), jax.random.key(0)
         shapes, _ = jax.eval_shape(functools.partial(network.init_with_output, method="_currents"), key, frames[0])
-        return tuple(lif_init(current) for current in shapes)
+        return shapes
 
     def _currents(self, x):
         """Returns the current of each layer of spiking neurons where currents stand for spikes."""
@@ -257,22 +258,23 @@ class SpikingNetwork(nn.Module):
                 x = x if gains is None else gains[index] * x
         return tuple(new_states), x, tuple(spikes), measure_activity(spikes)
 
-    def _step_major(self, states, frames, neurons, gains):
-        def step(network, states, x):
-            new_states = []
+    def _step_major(self, remaining, frames, neurons, gains):
+        def step(network, remaining, x):
+            new_remaining, spikes = [], []
             for index in range(len(network.synapses)):
                 x = network.current(index, x)
                 if index < network.num_spiking:
-                    new_states.append(lif_step(states[index], x, **neurons[index]))
-                    x = new_states[-1].spikes
+                    x, left = spikes_and_remaining(remaining[index] + x, **neurons[index])
+                    new_remaining.append(left)
+                    spikes.append(x)
                     x = x if gains is None else gains[index] * x
-            spikes = tuple(state.spikes for state in new_states)
             # Measured here, so that spikes which nothing else needs are not kept.
-            return tuple(new_states), (x, spikes, jax.tree.map(jnp.mean, measure_activity([each[None] for each in spikes])))
+            activity = jax.tree.map(jnp.mean, measure_activity([each[None] for each in spikes]))
+            return tuple(new_remaining), (x, tuple(spikes), activity)
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self.unroll or len(frames))
-        states, (outputs, spikes, activity) = scan(self, states, frames)
-        return states, outputs, spikes, activity
+        remaining, (outputs, spikes, activity) = scan(self, remaining, frames)
+        return remaining, outputs, spikes, activity
 
 
 class SpikingMLP(SpikingNetwork):

@@ -85,6 +85,28 @@ def lif_step(
     return LIFState(potential, spike_fn(potential - threshold).astype(current.dtype))
 
 
+def spikes_and_remaining(
+    potential: jax.Array,
+    *,
+    decay: float | jax.Array,
+    threshold: float | jax.Array,
+    reset: Reset,
+    spike_fn: SpikeFn,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the spikes that follow from a potential, and what remains of it for the next step; see `lif_step`.
+
+    Between steps only what remains need be carried, and of a step only the potential is kept for the gradient: the backward pass
+    computes the spikes again.
+    """
+
+    def after(potential):
+        spikes = spike_fn(potential - threshold).astype(potential.dtype)
+        remaining = remaining_potential(LIFState(potential, spikes), decay=decay, threshold=threshold, reset=reset)
+        return spikes, remaining.astype(potential.dtype)
+
+    return jax.checkpoint(after, prevent_cse=False)(potential)  # type: ignore[no-any-return]
+
+
 def lif(
     current: jax.Array,
     *,
