@@ -2,7 +2,7 @@
 
     python benchmarks/lif.py
 
-The ways take turns; a row's ratio is the median, over the rounds, of its time over that of the plain scan. The floor is what
+The ways take turns; a row's ratio is the median, over the rounds, of its time over that of `lif`. The floor is what
 must be read and written - forward the currents and the spikes, with the gradient also the potentials there and back, the
 spikes' cotangents and the currents' - over the bandwidth of a copy measured in the same rounds. The kernels of `lif_pallas` are
 timed where there is a GPU or TPU; on a CPU they are interpreted. Writes `benchmarks/results/lif.json` and `.md`, and the table
@@ -25,15 +25,19 @@ SHAPES = {"conv layer, 34x34x12": (10, 32, 34, 34, 12), "dense layer, 512": (25,
 NEURON = {"decay": 0.9, "threshold": 1.0, "reset": "zero", "spike_fn": spike_fn("surrogate")}
 
 
+def _step(state, now):
+    state = lif_step(state, now, **NEURON)
+    return state, state.spikes
+
+
+def all_kept(current):
+    """The scan with states carried, of which all that the gradient needs is kept."""
+    return jax.lax.scan(_step, lif_init(current[0]), current)[1]
+
+
 def recomputed(current):
-    """The scan, of which only states are kept for the gradient."""
-
-    @jax.checkpoint
-    def step(state, now):
-        state = lif_step(state, now, **NEURON)
-        return state, state.spikes
-
-    return jax.lax.scan(step, lif_init(current[0]), current)[1]
+    """The scan with states carried, of which only they are kept for the gradient."""
+    return jax.lax.scan(jax.checkpoint(_step), lif_init(current[0]), current)[1]
 
 
 def recomputed_in_chunks(current):
@@ -82,11 +86,12 @@ def _potentials_kept_bwd(potentials, cotangents):
 potentials_kept.defvjp(_potentials_kept_fwd, _potentials_kept_bwd)
 
 WAYS = {
-    "scan": lambda current: lif(current, **NEURON)[0],
-    "scan, unrolled by 5": lambda current: lif(current, unroll=5, **NEURON)[0],
-    "scan, unrolled": lambda current: lif(current, unroll=len(current), **NEURON)[0],
-    "scan, states kept, rest recomputed": recomputed,
-    "scan, chunks of 5 steps recomputed": recomputed_in_chunks,
+    "lif": lambda current: lif(current, **NEURON)[0],
+    "lif, unrolled by 5": lambda current: lif(current, unroll=5, **NEURON)[0],
+    "lif, unrolled": lambda current: lif(current, unroll=len(current), **NEURON)[0],
+    "lif, chunks of 5 steps recomputed": recomputed_in_chunks,
+    "states carried, all kept": all_kept,
+    "states carried, only they kept": recomputed,
     "potentials kept, gradient by hand": potentials_kept,
 }
 if jax.default_backend() != "cpu":

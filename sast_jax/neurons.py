@@ -1,6 +1,6 @@
 """Leaky integrate-and-fire neurons and readouts as pure functions of time-major arrays `[T, B, ...]`."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,11 @@ class LIFState(NamedTuple):
 def lif_init(current: jax.Array) -> LIFState:
     """Returns the resting state, all zeros, of a layer whose input at one step looks like `current`, `[B, ...]`."""
     return LIFState(jnp.zeros_like(current), jnp.zeros_like(current))
+
+
+def _check_floating(current):
+    if not jnp.issubdtype(current.dtype, jnp.floating):
+        raise ValueError(f"current must be of a floating-point dtype; got {current.dtype}")
 
 
 def remaining_potential(state: LIFState, *, decay: float | jax.Array, threshold: float | jax.Array, reset: Reset) -> jax.Array:
@@ -78,8 +83,7 @@ def lif_step(
     References:
         Gerstner, Kistler, Naud, Paninski. Neuronal Dynamics. Cambridge 2014, section 1.3.
     """
-    if not jnp.issubdtype(current.dtype, jnp.floating):
-        raise ValueError(f"current must be of a floating-point dtype; got {current.dtype}")
+    _check_floating(current)
     potential = remaining_potential(state, decay=decay, threshold=threshold, reset=reset) + current
     potential = potential.astype(current.dtype)
     return LIFState(potential, spike_fn(potential - threshold).astype(current.dtype))
@@ -117,7 +121,7 @@ def lif(
     initial_state: LIFState | None = None,
     unroll: int = 1,
 ) -> tuple[jax.Array, LIFState]:
-    """Runs a layer of leaky integrate-and-fire neurons over time: `lif_step` under `jax.lax.scan`.
+    """Runs a layer of leaky integrate-and-fire neurons over time: the steps of `lif_step` under `jax.lax.scan`.
 
     Args:
         current: `[T, B, ...]` input current, weights already applied.
@@ -139,13 +143,17 @@ def lif(
         >>> spikes[:, 0].tolist()
         [0.0, 1.0, 0.0, 1.0]
     """
+    _check_floating(current)
+    reset_by: dict[str, Any] = {"decay": decay, "threshold": threshold, "reset": reset}
 
-    def step(state, current_now):
-        state = lif_step(state, current_now, decay=decay, threshold=threshold, reset=reset, spike_fn=spike_fn)
-        return state, state.spikes
+    def step(carry, current_now):
+        potential = carry[0] + current_now
+        spikes, remaining = spikes_and_remaining(potential, spike_fn=spike_fn, **reset_by)
+        return (remaining, LIFState(potential, spikes)), spikes
 
     state = lif_init(current[0]) if initial_state is None else initial_state
-    state, spikes = jax.lax.scan(step, state, current, unroll=unroll)
+    remaining = remaining_potential(state, **reset_by).astype(current.dtype)
+    (_, state), spikes = jax.lax.scan(step, (remaining, state), current, unroll=unroll)
     return spikes, state
 
 

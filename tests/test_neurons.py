@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from sast_jax import FAMILIES, LIFState, leaky_readout, lif, lif_init, lif_step, rate_readout, spike_fn
+from sast_jax.spikes import MODES
 
 RESETS = ("zero", "subtract", "none")
 
@@ -96,9 +99,49 @@ def test_gradient_through_the_reset_is_not_detached(float64):
     assert np.abs(jax.grad(loss)(current, True) - exact).max() > 0.01
 
 
-def test_recording_may_be_cut_in_two():
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reset", RESETS)
+def test_spikes_computed_again_give_the_gradient_of_steps_that_are_all_kept(reset, mode, float64):
+    key = jax.random.key(2)
+    current, weights = jax.random.normal(key, (2, 12, 2, 3)) + 0.4
+    start = LIFState(*jax.random.uniform(key, (2, 2, 3)))
+    neuron = {"decay": 0.9, "threshold": 0.8, "reset": reset, "spike_fn": spike_fn(mode)}
+
+    def loss(run, current, start):
+        spikes, state = run(current, start)
+        return jnp.sum(weights * spikes) + jnp.sum(state.potential * jnp.cos(state.spikes))
+
+    def steps(current, state):
+        spikes = []
+        for now in current:
+            state = lif_step(state, now, **neuron)
+            spikes.append(state.spikes)
+        return jnp.stack(spikes), state
+
+    def scan(current, state):
+        return lif(current, initial_state=state, **neuron)
+
+    value, gradient = jax.value_and_grad(functools.partial(loss, scan), (0, 1))(current, start)
+    expected_value, expected = jax.value_and_grad(functools.partial(loss, steps), (0, 1))(current, start)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradient, expected)
+
+
+@pytest.mark.parametrize("mode", ["surrogate", "straight_through"])
+def test_gradient_keeps_one_number_per_neuron_and_step(mode):
+    current = weights = jnp.zeros((200, 1000))
+
+    def loss(current, weights):
+        return jnp.sum(weights * lif(current, decay=0.9, spike_fn=spike_fn(mode))[0])
+
+    num_bytes = jax.jit(jax.grad(loss)).lower(current, weights).compile().memory_analysis().temp_size_in_bytes
+    assert current.nbytes <= num_bytes < 1.2 * current.nbytes
+
+
+@pytest.mark.parametrize("reset", RESETS)
+def test_recording_may_be_cut_in_two(reset):
     current = jax.random.normal(jax.random.key(1), (10, 4)) + 0.5
-    neuron = {"decay": 0.9, "spike_fn": spike_fn("hard")}
+    neuron = {"decay": 0.9, "reset": reset, "spike_fn": spike_fn("hard")}
     whole, _ = lif(current, **neuron)
     first, state = lif(current[:4], **neuron)
     second, _ = lif(current[4:], initial_state=state, **neuron)
