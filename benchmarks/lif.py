@@ -113,7 +113,7 @@ def measure(shape, rounds):
         (name, "gradient"): functools.partial(jax.jit(functools.partial(with_gradient, way)), current, cotangent)
         for name, way in WAYS.items()
     }
-    expected = backward["scan", "gradient"]()
+    expected = backward["states carried, all kept", "gradient"]()
     for function in backward.values():
         for a, b in zip(function(), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -122,7 +122,7 @@ def measure(shape, rounds):
     seconds = take_turns(functions | backward, rounds)
     copied = np.median(seconds["copy", "forward"])  # Reads and writes an array once: 2 passes over it.
     rows = {
-        name: {kind: compare(seconds[name, kind], seconds["scan", kind]) for kind in ("forward", "gradient")} for name in WAYS
+        name: {kind: compare(seconds[name, kind], seconds["lif", kind]) for kind in ("forward", "gradient")} for name in WAYS
     }
     # Passes: current in, spikes out; and potentials out and in, cotangents in and out.
     return rows, {"forward": round(1e3 * copied, 3), "gradient": round(3e3 * copied, 3)}
