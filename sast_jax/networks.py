@@ -260,16 +260,19 @@ class SpikingNetwork(nn.Module):
 
     def _step_major(self, remaining, frames, neurons, gains):
         def step(network, remaining, x):
-            new_remaining, spikes = [], []
+            new_remaining, spikes, above = [], [], []
             for index in range(len(network.synapses)):
                 x = network.current(index, x)
                 if index < network.num_spiking:
-                    x, left = spikes_and_remaining(remaining[index] + x, **neurons[index])
+                    potential = remaining[index] + x
+                    x, left = spikes_and_remaining(potential, **neurons[index])
                     new_remaining.append(left)
                     spikes.append(x)
+                    # In the words of hard spikes, so that where these are taken the compiler takes them once.
+                    above.append((potential - neurons[index]["threshold"] > 0).astype(x.dtype))
                     x = x if gains is None else gains[index] * x
             # Measured here, so that spikes which nothing else needs are not kept.
-            activity = jax.tree.map(jnp.mean, measure_activity([each[None] for each in spikes]))
+            activity = Activity(tuple(map(jnp.mean, spikes)), tuple(map(jnp.mean, above)))
             return tuple(new_remaining), (x, tuple(spikes), activity)
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self.unroll or len(frames))
