@@ -209,7 +209,7 @@ def render(results: dict[str, Any]) -> str:
         f"validation and {data['num_test']} test recordings.{folds} Gradients: evaluations of a batch's gradient, as a ratio to "
         f"the baseline's {methods[BASELINE]['gradient_evaluations']['mean']:g}; calibration takes none of the weights. Time: "
         f"median ratio to the baseline of the same seed, {methods[BASELINE]['seconds']['mean']:.0f} s on {machine}; compilation "
-        f"and validation are included.{mixed}{overrides}",
+        f"and validation are included, and calibration has all cores.{mixed}{overrides}",
         "## Differences",
         _table(["training", "against", "hard spikes", "size of the gap", "surrogate", "gradients", "time"], differences),
         "Mean ± standard error of the differences per seed, in points, and p of the exact sign-flip test. *Matched*: of equal "
