@@ -121,9 +121,7 @@ def measure(shape, rounds):
         function()
     seconds = take_turns(functions | backward, rounds)
     copied = np.median(seconds["copy", "forward"])  # Reads and writes an array once: 2 passes over it.
-    rows = {
-        name: {kind: compare(seconds[name, kind], seconds["lif", kind]) for kind in ("forward", "gradient")} for name in WAYS
-    }
+    rows = {name: {kind: compare(seconds[name, kind], seconds["lif", kind]) for kind in ("forward", "gradient")} for name in WAYS}
     # Passes: current in, spikes out; and potentials out and in, cotangents in and out.
     return rows, {"forward": round(1e3 * copied, 3), "gradient": round(3e3 * copied, 3)}
 
