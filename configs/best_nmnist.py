@@ -24,5 +24,5 @@ def get_config(variant=""):
     if variant:
         raise ValueError(f"there are no variants; got {variant!r}")
     config = change(_get_base("baseline"), "straight_through")
-    config.optimizer.learning_rate = 24e-3
+    config.optimizer.update(learning_rate=96e-3, warmup=0.15)
     return config

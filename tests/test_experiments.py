@@ -473,7 +473,7 @@ PATHS = sorted(Path("configs").glob("study_*.py"))
 SMALL = {
     Path("configs/study_digits_small.py"): {"dataset.downsample", "network.features"},
     Path("configs/study_nmnist_small.py"): {"dataset.downsample", "num_epochs"},
-    Path("configs/study_nmnist_tuned.py"): {"dataset.downsample", "num_epochs"},
+    Path("configs/study_nmnist_tuned.py"): {"dataset.downsample", "num_epochs", "optimizer.warmup"},
     Path("configs/study_gestures_tuned.py"): {"dataset.downsample", "optimizer.warmup"},
 }
 """Cheaper studies, and in what their baseline differs from that of the data set, but for how often it is evaluated."""
@@ -526,14 +526,14 @@ def test_matched_controls_take_as_many_gradients(path):
             assert cost(name) == cost(method.controls[0]), name
 
 
-@pytest.mark.parametrize(("data", "settled"), [("nmnist", {}), ("gestures", {"optimizer.warmup": 0.15})])
-def test_best_config_is_what_the_study_recommends(data, settled):
+@pytest.mark.parametrize("data", ["nmnist", "gestures"])
+def test_best_config_is_what_the_study_recommends(data):
     path = f"configs/best_{data}.py"
     assert f"sast-jax train --config={path}" in Path(path).read_text()
     methods = json.loads(Path(f"docs/study_{data}_tuned/results.json").read_text())["methods"]
     name = recommend(methods)
     (best,), (base,) = (load_configs(each, with_data=False).values() for each in (path, f"configs/study_{data}.py:{name}"))
-    assert flatten(best) == flatten(base) | methods[name]["selected"] | settled
+    assert flatten(best) == flatten(base) | methods[name]["selected"] | {"optimizer.warmup": 0.15}
 
 
 def test_unknown_method_is_named():
@@ -578,6 +578,9 @@ def test_what_is_recommended_is_cheap_and_chosen_by_validation_though_the_test_p
     assert (
         "that of SAST, independent batch with hard spikes, 97.0 ± 0.5 %: a difference of -25.0 ± 0.0 points, clear." in sentence
     )
+    methods["noise"]["hard"] |= {"mean": 98, "values": [97, 98, 99]}
+    (sentence,) = [text for text in find(results) if "on the validation part" in text]
+    assert "it reaches 98.0 ± 0.5 %, the highest mean of any method in any mode there." in sentence
     for row in methods.values():
         del row["validation_hard"]  # As of a study without a validation part.
     assert not [text for text in find(results) if "on the validation part" in text]

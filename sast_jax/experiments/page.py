@@ -123,12 +123,17 @@ def _recommend(methods):
     modes = {"surrogate": "smooth", "hard": "hard"}
     best, mode = max(itertools.product(methods.values(), modes), key=lambda pair: pair[0][pair[1]]["mean"])
     test = paired_test(row["hard"]["values"], best[mode]["values"])
+    if best is row and mode == "hard":
+        rank = ", the highest mean of any method in any mode there"
+    else:
+        rank = (
+            f"; the highest mean of any method in any mode, there, is that of {best['title']} with {modes[mode]} spikes, "
+            f"{_pm(best[mode])} %: a difference of {_pm(test, '{:+.1f}')} points, {'' if test['clear'] else 'not '}clear"
+        )
     yield (
         f"Of the trained methods that take at most {CHEAP:g} times the baseline's gradients, the best with hard spikes on the "
         f"validation part, mean over the tested seeds, is {row['title']} ({row['validation_hard']['mean']:.1f} %). On the test "
-        f"part it reaches {_pm(row['hard'])} %; the highest mean of any method in any mode, there, is that of {best['title']} "
-        f"with {modes[mode]} spikes, {_pm(best[mode])} %: a difference of {_pm(test, '{:+.1f}')} points, "
-        f"{'' if test['clear'] else 'not '}clear."
+        f"part it reaches {_pm(row['hard'])} %{rank}."
     )
 
 
