@@ -598,7 +598,7 @@ def main():
     out = os.fdopen(os.dup(1), "w", buffering=1)  # Libraries print, too.
     os.dup2(2, 1)
     try:
-        if args.library == "machine":
+        if args.library == "floor":
             program = Machine()
         else:
             workload = WORKLOADS[args.workload]

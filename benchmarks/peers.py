@@ -145,11 +145,11 @@ def measure(workload, libraries, rounds, steps):
             for kind, value in row.pop("outputs", {}).items()
         }
     working = {name: child for name, child in children.items() if not child.error}
-    machine = Child("machine")
+    machine = Child("floor")
     ours = [*children.values(), machine]
     turns = [(machine, kind) for kind in MACHINE]
     turns += [(child, kind) for name, child in working.items() for kind in KINDS if kind in rows[name]["compile_seconds"]]
-    names = {id(child): name for name, child in [*working.items(), ("machine", machine)]}
+    names = {id(child): name for name, child in [*working.items(), ("floor", machine)]}
     for child, kind in turns[: len(MACHINE)]:
         child.ask("compile", kind, "-")
     found = []
@@ -176,7 +176,7 @@ def measure(workload, libraries, rounds, steps):
             row = rows[name].setdefault(kind, {})
             row["milliseconds"] = quartiles(times[name, kind], 1e3)
             row["ratio"] = quartiles(times[name, kind] / times["sast_jax", kind])[1]
-    peaks = {kind: work / float(np.median(times["machine", kind])) for kind, work in MACHINE.items()}
+    peaks = {kind: work / float(np.median(times["floor", kind])) for kind, work in MACHINE.items()}
     floor = {"gigaflops": round(peaks["matmul"] / 1e9, 1), "gigabytes_per_second": round(peaks["copy"] / 1e9, 2)}
     for kind in KINDS:
         operations, num_bytes = WORKLOADS[workload].cost(kind)

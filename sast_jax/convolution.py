@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 MAX_CHANNELS, MAX_FEATURES, MIN_KERNEL_WIDTH = 8, 16, 3
-"""Where pairs pay: with more channels or features a convolution is fast as it is, and a narrower kernel doubles."""
+"""Where pairs paid in trials of kernels 3 and 5 wide: with more features, or channels, a convolution is fast as it is."""
 
 
 @jax.custom_vjp

@@ -144,15 +144,15 @@ def lif(
         [0.0, 1.0, 0.0, 1.0]
     """
     _check_floating(current)
-    reset_by: dict[str, Any] = {"decay": decay, "threshold": threshold, "reset": reset}
+    settings: dict[str, Any] = {"decay": decay, "threshold": threshold, "reset": reset}
 
     def step(carry, current_now):
         potential = carry[0] + current_now
-        spikes, remaining = spikes_and_remaining(potential, spike_fn=spike_fn, **reset_by)
+        spikes, remaining = spikes_and_remaining(potential, spike_fn=spike_fn, **settings)
         return (remaining, LIFState(potential, spikes)), spikes
 
     state = lif_init(current[0]) if initial_state is None else initial_state
-    remaining = remaining_potential(state, **reset_by).astype(current.dtype)
+    remaining = remaining_potential(state, **settings).astype(current.dtype)
     (_, state), spikes = jax.lax.scan(step, (remaining, state), current, unroll=unroll)
     return spikes, state
 
