@@ -219,7 +219,8 @@ def _train(task: Task, sessions: list[Session], show: bool) -> list[Result]:
             ending.callback(session.close)
         state = place(states[0], mesh, WHOLE) if number == 1 else spread_runs(stack(states), mesh)
         stop = ending.enter_context(StopRequest())
-        batches = ending.enter_context(Prefetch(draw, num_steps=num_steps))
+        # Two threads that start programs over the same devices may start them in another order on each: then all wait for ever.
+        batches = ending.enter_context(Prefetch(draw, num_steps=num_steps, depth=2 if mesh is None else 0))
         epoch_start, data_seconds = time.monotonic(), 0.0
         for step in range(first_step + 1, num_steps + 1):
             asked = time.monotonic()
