@@ -75,6 +75,20 @@ def make_mesh(num_parts: int) -> Mesh | None:
     return Mesh(np.array(devices[:number]), (AXIS,)) if number > 1 else None
 
 
+def settle(values: Any, mesh: Mesh | None) -> Any:
+    """Returns the results of a program over `mesh`, once they are there if its devices are parts of a CPU.
+
+    These run in one pool of threads, no more than there are cores. With several programs under way their parts that wait, for
+    each other or for their turn, can take all threads before a part that they wait for has one, and then all wait for ever.
+    """
+    return jax.block_until_ready(values) if share_threads(mesh) else values
+
+
+def share_threads(mesh: Mesh | None) -> bool:
+    """Whether the devices are several parts of a CPU; see `settle`."""
+    return mesh is not None and mesh.size > 1 and bool(mesh.devices.flat[0].platform == "cpu")
+
+
 def memory_bytes() -> int | None:
     """Returns the memory of the first device, or of the machine if that is its CPU; `None` if it cannot be told."""
     statistics = jax.local_devices()[0].memory_stats() or {}

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from sast_jax.data import BATCH_SPECS, SAMPLE_AXES, Batch, Recordings, evaluation_batches
-from sast_jax.devices import AXIS, WHOLE, place
+from sast_jax.devices import AXIS, WHOLE, place, settle
 from sast_jax.evaluation.outputs import BATCH_SIZE, apply, map_recordings, predict_logits, score
 from sast_jax.networks import SpikingNetwork
 
@@ -49,7 +49,7 @@ def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
         def pad(axis, leaf):
             return np.pad(leaf, [(0, missing * (i == axis)) for i in range(leaf.ndim)])
 
-        return spread(params, place(jax.tree.map(pad, SAMPLE_AXES, batch), mesh, BATCH_SPECS))
+        return settle(spread(params, place(jax.tree.map(pad, SAMPLE_AXES, batch), mesh, BATCH_SPECS)), mesh)
 
     return spread_step
 

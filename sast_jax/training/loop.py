@@ -15,7 +15,7 @@ import numpy as np
 
 from sast_jax import config as config_lib
 from sast_jax.data import Prefetch, make_take, take_batch
-from sast_jax.devices import WHOLE, Mesh, is_first_host, is_split, make_mesh, on_any_host, place
+from sast_jax.devices import WHOLE, Mesh, is_first_host, is_split, make_mesh, on_any_host, place, settle, share_threads
 from sast_jax.errors import Diverged, Interrupted, UserError, refuse
 from sast_jax.evaluation.transfer import make_eval_step
 from sast_jax.files import only_process, write_json
@@ -219,14 +219,13 @@ def _train(task: Task, sessions: list[Session], show: bool) -> list[Result]:
             ending.callback(session.close)
         state = place(states[0], mesh, WHOLE) if number == 1 else spread_runs(stack(states), mesh)
         stop = ending.enter_context(StopRequest())
-        # Two threads that start programs over the same devices may start them in another order on each: then all wait for ever.
-        batches = ending.enter_context(Prefetch(draw, num_steps=num_steps, depth=2 if mesh is None else 0))
+        batches = ending.enter_context(Prefetch(draw, num_steps=num_steps, depth=0 if share_threads(mesh) else 2))
         epoch_start, data_seconds = time.monotonic(), 0.0
         for step in range(first_step + 1, num_steps + 1):
             asked = time.monotonic()
             descent_batch, perturbation_batch, is_same = batches(step - 1)
             data_seconds += time.monotonic() - asked
-            state, metrics = train_step(state, descent_batch, perturbation_batch)
+            state, metrics = settle(train_step(state, descent_batch, perturbation_batch), mesh)
             if first_step_seconds is None:
                 jax.block_until_ready(metrics)
                 first_step_seconds = time.monotonic() - task.begin
