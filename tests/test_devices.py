@@ -25,7 +25,7 @@ from sast_jax import SpikingConvNet, SpikingMLP, sam
 from sast_jax.config import load_configs
 from sast_jax.data import BATCH_SPECS, Recordings, make_augment, make_take
 from sast_jax.data.loading import RESIDENT_BYTES, _resident_bytes
-from sast_jax.devices import WHOLE, make_mesh, place
+from sast_jax.devices import WHOLE, make_mesh, place, share_threads
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.training import init_state, make_train_step
 from sast_jax.training.build import build_train_step, make_optimizer
@@ -34,6 +34,7 @@ from tests.test_training import draw
 mesh = make_mesh(8)
 assert mesh.size == 4
 assert make_mesh(6).size == 3 and make_mesh(5) is None
+assert share_threads(mesh) and not share_threads(None)
 batches = draw(0, 8), draw(1, 8)
 
 
@@ -229,6 +230,24 @@ def test_command_trains_convolutions_on_a_device_per_core_and_dense_layers_on_on
     assert [load_run(tmp_path / kind).results["num_devices"] for kind in ("conv", "mlp")] == [2, 1]
     assert train_and_evaluate(tiny("sast", "network.kind=conv", "batch_size=8"), tmp_path / "one")["num_devices"] == 1
     assert_runs_equal(tmp_path / "conv", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core is one device")
+def test_command_trains_on_a_device_per_core_of_a_busy_machine(tmp_path):
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "sast_jax", "train", "--config=configs/digits.py:baseline", f"--workdir={tmp_path / 'run'}"]
+    try:
+        done = subprocess.run(
+            [*command, "--config.num_epochs=2"], env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert load_run(tmp_path / "run").results["num_devices"] > 1
 
 
 @pytest.mark.slow
