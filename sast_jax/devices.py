@@ -32,7 +32,8 @@ def split_cpu() -> bool:
 
     It must be called before jax uses any device. The operations of a spiking network are many and small, and the library that
     XLA gives convolutions to takes each of them on a single core. As devices the cores share a batch by its samples instead, each
-    taking its own through the whole network, and meet once a gradient.
+    taking its own through the whole network, and meet once a gradient. Results must be waited for before another program is
+    started; see `settle`.
 
     Returns:
         Whether it does; not if there is one core, if the number of devices is set already (`JAX_NUM_CPU_DEVICES`,
