@@ -1,114 +1,165 @@
-"""All that is timed elsewhere here on a CPU, on whatever accelerator jax finds, in one command of less than eight minutes.
+"""What is timed elsewhere here on a CPU, on a GPU, in one command of less than eight minutes.
 
-    python benchmarks/gpu.py --output=RESULTS.json
+    python benchmarks/gpu.py
 
-Train, SAST and inference steps of both orders of work, many runs at once, and the time until the first step of a run. Rows are
-written as they come, so that a command that is cut off leaves what it has. `--small` tries it out on tiny networks.
+Train steps and inference by order of work, time loop and precision, many runs at once, and the time until the first step of a
+run. The programs of a network are compiled side by side and then take turns of some steps each, which are waited for together, as
+in training. After each network it writes `benchmarks/results/gpu.json` and `.md`, and the table into `docs/results.md`. `--small`
+tries it out on tiny networks.
 """
 
 import argparse
-import itertools
-import json
+import contextlib
+import functools
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import many_runs
 import numpy as np
-from train_step import make_program
-from turns import take_turns
+from publish import publish
+from train_step import Program, compile_all, make_program
+from turns import compare, show, take_turns
 
-from sast_jax import SpikingConvNet, SpikingMLP
-from sast_jax.allocator import keep_freed_memory
+from sast_jax import SpikingConvNet, SpikingMLP, convolution
 from sast_jax.config import load_configs
-from sast_jax.files import write_json
 from sast_jax.training import train_and_evaluate
 from sast_jax.training.run import environment
 
-BUDGET_SECONDS = 420
-"""After that no further row is begun."""
+ROUNDS, STEPS = 9, 10
+"""Turns, and steps in each."""
 
-ORDERS = (("layer_major", 1), ("step_major", 1), ("step_major", None))
+WAYS = {
+    "kernels": {"time_loop": "pallas"},
+    "scan, unrolled": {"time_loop": "scan", "order": "layer_major", "unroll": None},
+    "scan, loop, step-major": {"time_loop": "scan", "order": "step_major", "unroll": 1},
+    "kernels, bfloat16": {"time_loop": "pallas", "precision": "bfloat16"},
+}
+DEFAULT, *_, ON_CPU = [way for way, choice in WAYS.items() if "precision" not in choice]
+"""What the others are compared with, and what convolutional networks take on a CPU."""
+
+PAIRS = f"{DEFAULT}, pixels in pairs"
+WORKLOADS = {
+    "conv 34x34x2 - 16 - 32, T 10, batch 32": (SpikingConvNet, (16, 32), 10, 32),
+    "conv 34x34x2 - 16 - 32, T 10, batch 512": (SpikingConvNet, (16, 32), 10, 512),
+    "dense 2312 - 512 - 10, T 25, batch 128": (SpikingMLP, (512,), 25, 128),
+    "dense 2312 - 512 - 10, T 25, batch 2048": (SpikingMLP, (512,), 25, 2048),
+}
+SMALL = {"conv, tiny": (SpikingConvNet, (2,), 3, 4), "dense, tiny": (SpikingMLP, (8,), 3, 4)}
 
 
-def workloads(small):
-    """Networks by name, each as a function of its order of work, with time steps and batch size."""
-    if small:
-        return {"conv, tiny": (lambda **order: SpikingConvNet(10, features=(2,), kernel_size=3, **order), 3, 4)}
+class Inference(Program):
+    """Hard-spike inference."""
+
+    def __init__(self, network, num_time_steps, batch_size):
+        """Traces it."""
+        frames = (np.random.default_rng(0).random((num_time_steps, batch_size, 34, 34, 2)) < 0.15).astype(np.uint8)
+        params = jax.jit(network.init)(jax.random.key(0), frames[:, :1])["params"]
+        apply = jax.jit(lambda params, frames: (params, network.apply({"params": params}, frames, "hard").logits))
+        super().__init__(apply, params, (frames,))
+
+    def run(self):
+        """Takes one step."""
+        self._state, logits = self._step(self._state, *self._batches)
+        return logits
+
+
+def make_programs(network, features, *sizes):
+    """Returns the traced programs of a workload by kind of step and way; not all, as they take seconds each to compile."""
+    programs = {}
+    for way, choice in WAYS.items():
+        net = network(10, features=features, **choice)
+        programs["train step", way] = make_program(net, True, 0.0, *sizes, mode="straight_through")
+        if way in (DEFAULT, ON_CPU):
+            programs["SAST step", way] = make_program(net, True, 0.3, *sizes)
+        if "precision" not in choice:
+            programs["inference", way] = Inference(net, *sizes)
+    if network is SpikingConvNet:
+        with mock.patch("sast_jax.convolution.convolution", convolve_in_pairs):
+            net = network(10, features=features, **WAYS[DEFAULT])
+            programs["train step", PAIRS] = make_program(net, True, 0.0, *sizes, mode="straight_through")
+            programs["inference", PAIRS] = Inference(net, *sizes)
+    return programs
+
+
+def convolve_in_pairs(images, kernel):
+    """What is done on a CPU."""
+    few = kernel.shape[2] <= convolution.MAX_CHANNELS
+    return convolution._convolve_pairs(images, kernel) if few else convolution._convolve(images, kernel, "SAME")
+
+
+def measure(programs):
+    """Returns a row per kind of step and way."""
+
+    def steps(program):
+        for _ in range(STEPS):
+            result = program.run()
+        return result
+
+    seconds = take_turns({key: functools.partial(steps, program) for key, program in programs.items()}, ROUNDS)
     return {
-        "conv 34x34x2 - 12 - 32, T 10, batch 32": (lambda **order: SpikingConvNet(10, **order), 10, 32),
-        "conv 34x34x2 - 12 - 32, T 10, batch 512": (lambda **order: SpikingConvNet(10, **order), 10, 512),
-        "dense 2312 - 512 - 10, T 25, batch 128": (lambda **order: SpikingMLP(10, **order), 25, 128),
-        "dense 2312 - 512 - 10, T 25, batch 2048": (lambda **order: SpikingMLP(10, **order), 25, 2048),
+        f"{kind} | {way}": compare(values / STEPS, seconds[kind, DEFAULT] / STEPS)
+        | {"compile_seconds": programs[kind, way].compile_seconds, "bytes": programs[kind, way].num_bytes}
+        for (kind, way), values in seconds.items()
     }
 
 
-def quartiles(seconds):
-    """In milliseconds."""
-    return [1e3 * float(q) for q in np.quantile(seconds, (0.25, 0.5, 0.75))]
-
-
-def time_step(network, rho, num_time_steps, batch_size, rounds):
-    """Times a train step."""
-    program = make_program(network, True, rho, num_time_steps, batch_size)
-    (seconds,) = take_turns({"step": program.run}, rounds).values()
-    return {"milliseconds": quartiles(seconds), "compile_seconds": program.compile_seconds, "bytes": program.num_bytes}
-
-
-def time_inference(network, num_time_steps, batch_size, rounds):
-    """Times hard-spike inference."""
-    frames = (np.random.default_rng(0).random((num_time_steps, batch_size, 34, 34, 2)) < 0.15).astype(np.float32)
-    params = jax.jit(network.init)(jax.random.key(0), frames[:, :1])["params"]
-    apply = jax.jit(lambda params, frames: network.apply({"params": params}, frames, "hard").logits)
-    frames = jax.device_put(frames)
-    (seconds,) = take_turns({"inference": lambda: apply(params, frames)}, rounds + 1).values()
-    return {"milliseconds": quartiles(seconds[1:]), "compile_seconds": seconds[0]}
-
-
-def rows(small, rounds):
-    """Yields names of rows, and the functions that measure them; what matters most comes first."""
-    for workload, (make, num_time_steps, batch_size) in workloads(small).items():
-        for order, unroll in ORDERS:
-            network = make(order=order, unroll=unroll)
-            name = f"{workload}, {order}, {'unrolled' if unroll is None else 'loop'}"
-            for kind, rho in (("train", 0.0), ("SAST", 0.3)):
-                yield f"{name}: {kind}", lambda n=network, r=rho, t=num_time_steps, b=batch_size: time_step(n, r, t, b, rounds)
-            yield f"{name}: inference", lambda n=network, t=num_time_steps, b=batch_size: time_inference(n, t, b, rounds)
-    numbers = (1, 2) if small else (1, 4, 16)
-    tiny = ("network.features=2", "batch_size=4", "dataset.num_time_steps=3") if small else ()
-    for workload, overrides in many_runs.WORKLOADS.items():
-        yield f"many runs, {workload}", lambda o=overrides: many_runs.measure((*o, *tiny), numbers, rounds)
-
-
-def first_step(small):
+def first_step():
     """Trains a run for an epoch and returns what it reports of its start."""
-    overrides = ["num_epochs=1", *(("network.features=2", "dataset.num_time_steps=3") if small else ())]
     with tempfile.TemporaryDirectory() as folder:
-        results = train_and_evaluate(load_configs("configs/digits.py:sast", overrides)[""], Path(folder) / "run")
+        results = train_and_evaluate(load_configs("configs/digits.py:sast", ["num_epochs=1"])[""], Path(folder) / "run")
     return {key: results[key] for key in ("first_step_seconds", "wall_time_seconds", "num_devices")}
 
 
+def markdown(results):
+    """One table for the programs, one for many runs."""
+    lines = ["| network | step | way | median, ms (quartiles) | ratio | memory, MB |", "|---|---|---|---|---|---|"]
+    for workload, rows in results["workloads"].items():
+        for name, row in rows.items():
+            lines.append(f"| {workload} | {name} | {show(row, 3)} | {row['bytes'] / 1e6:.0f} |")
+    lines += [
+        "",
+        "| SAST, runs at once | runs | time per run and step, ms | ratio | memory, MB | would fit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for workload, rows in results["many_runs"].items():
+        for row in rows:
+            cells = f"{row['milliseconds_per_run']:.3f} | {row['ratio']:.3f} | {row['bytes'] / 1e6:.0f} | {row['fitting']}"
+            lines.append(f"| {workload} | {row['runs']} | {cells} |")
+    environment, first = results["environment"], results["first_step"]["first_step_seconds"]
+    lines.append(
+        f"\nOne {environment['device']}, jax {environment['jax']}, float32 with products in TF32 but where it says bfloat16, "
+        f"{ROUNDS} rounds of {STEPS} steps (many runs: of one). Train steps are straight-through, SAST steps smooth. Memory: "
+        "arguments and temporary arrays by the compiler's account. "
+        f"`configs/digits.py:sast` took {first:.1f} s until its first step was taken."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def main():
-    """Measures and writes."""
+    """Measures, then prints and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     start = time.monotonic()
-    keep_freed_memory()
-    results = {"environment": environment(), "num_devices": len(jax.devices()), "rows": {}}
-    own = [("first step of a run", lambda: first_step(args.small))]
-    for name, measure in itertools.chain(own, rows(args.small, args.rounds)):
-        try:
-            results["rows"][name] = measure() if time.monotonic() - start < BUDGET_SECONDS else "left out: no time"
-        except (MemoryError, RuntimeError) as error:  # Too large for this device, or not to be compiled for it: the next one may.
-            results["rows"][name] = f"failed: {error}"[:300]
+    results = {"environment": environment(), "first_step": first_step(), "workloads": {}, "many_runs": {}}
+
+    def publish_so_far():  # Time on a GPU may be over before all is measured.
         results["seconds"] = time.monotonic() - start
-        print(name, json.dumps(results["rows"][name]), flush=True)
-        write_json(args.output, results)
+        publish("gpu", results, markdown(results))
+
+    for workload, sizes in (SMALL if args.small else WORKLOADS).items():
+        results["workloads"][workload] = measure(compile_all(make_programs(*sizes)))
+        publish_so_far()
+    numbers = (1, 2) if args.small else (1, 8, 64)
+    tiny = ("network.features=2", "batch_size=4", "dataset.num_time_steps=3") if args.small else ()
+    for workload, overrides in list(many_runs.WORKLOADS.items())[::2]:
+        results["many_runs"][workload] = many_runs.measure((*overrides, *tiny), numbers, ROUNDS)
+        publish_so_far()
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -16,7 +16,7 @@ import os
 import jax
 import numpy as np
 from publish import publish
-from train_step import Program
+from train_step import Program, compile_all
 from turns import take_turns
 
 from sast_jax.allocator import keep_freed_memory
@@ -72,7 +72,7 @@ def total_memory():
 
 def measure(overrides, numbers, rounds):
     """Returns a row per number of runs; the first one is what the others are compared with."""
-    programs = {number: make_program(overrides, number) for number in numbers}
+    programs = compile_all({number: make_program(overrides, number) for number in numbers})
     seconds = take_turns({number: program.run for number, program in programs.items()}, rounds)
     seconds = {number: values / number for number, values in seconds.items()}
     single = seconds[numbers[0]]

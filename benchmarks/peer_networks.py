@@ -22,6 +22,8 @@ from sast_jax.allocator import keep_freed_memory
 
 DECAY, SLOPE, RHO, LEARNING_RATE, NUM_CLASSES, KERNEL, POOL = 0.9, 2.0, 0.1, 1e-3, 10, 5, 2
 CORES = len(os.sched_getaffinity(0))
+ON_GPU = os.environ.get("PEERS_DEVICE") == "gpu"
+"""Set by the parent, for all libraries alike."""
 
 
 class Workload(NamedTuple):
@@ -67,6 +69,9 @@ WORKLOADS = {
     "conv 64x64x2 - 16 - 32, T 25, batch 16": Workload(64, (16, 32), KERNEL, 25, 16),
     "dense 2312 - 512 - 10, T 25, batch 128": Workload(34, (512,), 0, 25, 128),
 }
+if ON_GPU:  # Which those leave all but idle.
+    WORKLOADS["conv 34x34x2 - 16 - 32, T 10, batch 512"] = Workload(34, (16, 32), KERNEL, 10, 512)
+    WORKLOADS["dense 2312 - 512 - 10, T 25, batch 2048"] = Workload(34, (512,), 0, 25, 2048)
 
 
 def make_weights(workload):
@@ -141,12 +146,20 @@ class JaxProgram:
         return self.jax.jit(lambda params: (params, tx.init(params)))(params)
 
     def run(self, kind):
-        """Takes a step and waits for it."""
+        """Takes a step."""
         if kind == "infer":
-            self.logits = self.jax.block_until_ready(self.apply(self.params, self.batches[0][0]))
-            return
-        batches = self.batches[: 2 if kind == "sast" else 1]
-        self.states[kind] = self.jax.block_until_ready(self.functions[kind](*self.states[kind], *batches))
+            self.result = self.logits = self.apply(self.params, self.batches[0][0])
+        else:
+            batches = self.batches[: 2 if kind == "sast" else 1]
+            self.result = self.states[kind] = self.functions[kind](*self.states[kind], *batches)
+
+    def wait(self):
+        """Waits for the step."""
+        self.jax.block_until_ready(self.result)
+
+    def peak_memory(self):
+        """Of the GPU, in bytes, since the process began."""
+        return self.jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
 
     def reset(self):
         """Nothing: each kind of step has weights of its own."""
@@ -331,22 +344,26 @@ def slax_program(workload, weights, batches):
 # --- PyTorch -----------------------------------------------------------------------------------------------------------------
 
 
-def torch_program(make_neuron, *, compiled, multi_step=False, smooth_too=True, weight_scale=1.0):
+def torch_program(make_neuron, *, compiled=None, multi_step=False, smooth_too=True, weight_scale=1.0):
     """A function that makes the program of a library whose neuron is `(current, state) -> (spikes, state)`.
 
-    `make_neuron(smooth)` makes the neurons of a layer; those of `multi_step` take all steps `[T, B, ...]` at once.
+    `make_neuron(smooth)` makes the neurons of a layer; those of `multi_step` take all steps `[T, B, ...]` at once. `compiled` is
+    the mode of `torch.compile`.
     """
 
     def make(workload, weights, batches):
         import torch
 
         torch.set_num_threads(CORES)
+        torch.set_float32_matmul_precision("high" if ON_GPU else "highest")  # TF32, as XLA takes it.
+        torch.backends.cudnn.benchmark = True
         functional, is_conv = torch.nn.functional, bool(workload.kernel)
         # norse takes a part of the current; its weights make up for it.
         scales = [weight_scale] * (len(weights) - 1) + [1.0]
         layers = [(scale * kernel, scale * bias) for scale, (kernel, bias) in zip(scales, weights, strict=True)]
-        params = [torch.nn.Parameter(torch.tensor(x, dtype=torch.float32)) for x in torch_layout(workload, layers)]
-        neurons = {smooth: [make_neuron(smooth) for _ in weights[:-1]] for smooth in (False, True)[: 1 + smooth_too]}
+        with torch.device("cuda" if ON_GPU else "cpu"):
+            params = [torch.nn.Parameter(torch.tensor(x, dtype=torch.float32)) for x in torch_layout(workload, layers)]
+            neurons = {smooth: [make_neuron(smooth) for _ in weights[:-1]] for smooth in (False, True)[: 1 + smooth_too]}
 
         def synapse(index, x):
             kernel, bias = params[2 * index : 2 * index + 2]
@@ -378,7 +395,7 @@ def torch_program(make_neuron, *, compiled, multi_step=False, smooth_too=True, w
             return functional.cross_entropy(forward(frames, smooth), labels)
 
         if compiled:
-            forward, loss = torch.compile(forward), torch.compile(loss)
+            forward, loss = torch.compile(forward, mode=compiled), torch.compile(loss, mode=compiled)
         return TorchProgram(params, forward, loss, batches, np.repeat(scales, 2))
 
     return make
@@ -393,8 +410,12 @@ class TorchProgram:
 
         self.torch, self.params, self.forward, self.loss, self.scales = torch, params, forward, loss, scales
         self.adam, self.first_params = torch.optim.Adam(params, LEARNING_RATE), [p.detach().clone() for p in params]
+        device = params[0].device
         self.batches = [
-            (torch.tensor(np.ascontiguousarray(frames.transpose(0, 1, 4, 2, 3))), torch.tensor(labels))
+            (
+                torch.tensor(np.ascontiguousarray(frames.transpose(0, 1, 4, 2, 3)), device=device),
+                torch.tensor(labels, device=device),
+            )
             for frames, labels in batches
         ]
 
@@ -421,6 +442,15 @@ class TorchProgram:
             self.loss(*self.batches[0], False).backward()
         self.adam.step()
 
+    def wait(self):
+        """Waits for the step."""
+        if ON_GPU:
+            self.torch.cuda.synchronize()
+
+    def peak_memory(self):
+        """Of the GPU, in bytes, since the process began."""
+        return self.torch.cuda.max_memory_allocated()
+
     def reset(self):
         """Goes back to the first weights."""
         with self.torch.no_grad():
@@ -429,11 +459,11 @@ class TorchProgram:
 
     def first_gradient(self, kind):
         """The gradient of the step just taken."""
-        return [scale * p.grad.numpy() for scale, p in zip(self.scales, self.params, strict=True)]
+        return [scale * p.grad.cpu().numpy() for scale, p in zip(self.scales, self.params, strict=True)]
 
     def infer(self):
         """Logits of hard spikes."""
-        return self.logits.numpy()
+        return self.logits.cpu().numpy()
 
 
 def plain_neuron(smooth):
@@ -511,7 +541,7 @@ def norse_neuron(smooth):
 # --- The machine -------------------------------------------------------------------------------------------------------------
 
 
-SIDE, COPIED = 2048, 2**27
+SIDE, COPIED = (8192, 2**31) if ON_GPU else (2048, 2**27)
 MACHINE = {"matmul": 2 * SIDE**3, "copy": 2 * COPIED}
 """What the machine is timed at: operations of a product of matrices, and bytes that a copy reads and writes."""
 
@@ -536,20 +566,26 @@ class Machine:
 
     def run(self, kind):
         """Does one of both."""
-        self.jax.block_until_ready(self.functions[kind]())
+        self.result = self.functions[kind]()
+
+    def wait(self):
+        """Waits for it."""
+        self.jax.block_until_ready(self.result)
 
 
 LIBRARIES = {
     "sast_jax": (sast_jax_program, "sast_jax"),
-    "plain PyTorch": (torch_program(plain_neuron, compiled=False), "torch"),
-    "plain PyTorch, torch.compile": (torch_program(plain_neuron, compiled=True), "torch"),
-    "SpikingJelly": (torch_program(spikingjelly_neuron, compiled=False, multi_step=True), "spikingjelly"),
-    "snnTorch": (torch_program(snntorch_neuron, compiled=False), "snntorch"),
-    "norse": (torch_program(norse_neuron, compiled=False, smooth_too=False, weight_scale=1 / (1 - DECAY)), "norse"),
+    "plain PyTorch": (torch_program(plain_neuron), "torch"),
+    "plain PyTorch, torch.compile": (torch_program(plain_neuron, compiled="default"), "torch"),
+    "SpikingJelly": (torch_program(spikingjelly_neuron, multi_step=True), "spikingjelly"),
+    "snnTorch": (torch_program(snntorch_neuron), "snntorch"),
+    "norse": (torch_program(norse_neuron, smooth_too=False, weight_scale=1 / (1 - DECAY)), "norse"),
     "slax": (slax_program, "slax"),
     "spyx": (spyx_program, "spyx"),
 }
 """How each row's program is made, and the package it needs."""
+if ON_GPU:
+    LIBRARIES["torch.compile, CUDA graphs"] = torch_program(plain_neuron, compiled="reduce-overhead"), "torch"
 
 OWN_WAYS = {
     "snnTorch": "its reset is detached from the gradient",
@@ -560,11 +596,14 @@ OWN_WAYS = {
 
 
 def peak_memory(program, kind):
-    """The largest memory of the process, in bytes, while it takes two steps."""
+    """The largest memory, in bytes, while it takes two steps."""
+    if ON_GPU:
+        return program.peak_memory()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     for _ in range(2):
         program.run(kind)
+        program.wait()
     with open("/proc/self/status") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
@@ -575,6 +614,7 @@ def answer(program, command, kind, argument):
     if command == "compile":
         program.reset()
         program.run(kind)
+        program.wait()
         seconds = time.perf_counter() - start
         if kind not in MACHINE:
             np.savez(argument, *([program.infer()] if kind == "infer" else program.first_gradient(kind)))
@@ -582,9 +622,13 @@ def answer(program, command, kind, argument):
     if command == "memory":
         return peak_memory(program, kind)
     program.run(kind)  # Other processes had the caches.
+    program.wait()
     start = time.perf_counter()
     for _ in range(int(argument)):
         program.run(kind)
+        if not ON_GPU:  # Which is kept busy by several steps under way, as in training.
+            program.wait()
+    program.wait()
     return (time.perf_counter() - start) / int(argument)
 
 

@@ -2,7 +2,8 @@
 
     pip install -e ".[peers]" && python benchmarks/peers.py
 
-Without a GPU, name PyTorch's wheel for CPUs in the same `pip install`, or a package that asks for torchvision replaces it. Each
+All of it runs on the CPU, or with `PEERS_DEVICE=gpu` in the environment on a GPU. Without a GPU, name PyTorch's wheel for CPUs in
+the same `pip install`, or a package that asks for torchvision replaces it. Each
 library runs in a process of its own (`peer_networks.py`), on as many threads as there are cores and with the same settings of
 the allocator. The processes take turns and wait for each other; in each round a process takes one step that is not timed and
 some that are. What other programs take of the processors is measured in each round, and rounds with foreign load are left out
@@ -20,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
-from peer_networks import CORES, LIBRARIES, MACHINE, OWN_WAYS, WORKLOADS
+from peer_networks import CORES, LIBRARIES, MACHINE, ON_GPU, OWN_WAYS, WORKLOADS
 from publish import publish
 
 KINDS = {"train": "train step, ms", "sast": "SAST step, ms", "infer": "inference, ms"}
@@ -45,6 +47,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env=os.environ | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if ON_GPU else {"JAX_PLATFORMS": "cpu"}),
         )
         self.error = None
         self._read()
@@ -108,42 +111,46 @@ def quartiles(values, scale=1.0):
     return [float(f"{scale * q:.4g}") for q in np.quantile(values, (0.25, 0.5, 0.75))]
 
 
-def compile_all(children, folder):
-    """Compiles what is to be timed, one process at a time; returns a row of seconds, memory and outputs for each."""
-    rows = {name: {"compile_seconds": {}} for name in children}
-    for name, child in children.items():
-        for kind in ("infer", "train", "sast"):
-            if kind == "sast" and name.startswith("norse"):
-                continue
-            path = f"{folder}/{kind}.npz"
-            seconds = child.ask("compile", kind, path)
-            if child.error:
-                rows[name] = {"error": child.error}
-                break
-            rows[name]["compile_seconds"][kind] = round(seconds, 2)
-            with np.load(path) as arrays:
-                rows[name].setdefault("outputs", {})[kind] = np.concatenate([arrays[key].ravel() for key in arrays.files])
-            if kind == "train":
-                rows[name]["memory_megabytes"] = round(child.ask("memory", kind, "-") / 1e6)
-        print(f"  {name}: {rows[name].get('error') or rows[name]['compile_seconds']}", flush=True)
-    return rows
+def compile_one(child, has_smooth, folder):
+    """Compiles what is to be timed of one library; returns its row of seconds, memory and outputs."""
+    row = {"compile_seconds": {}, "outputs": {}}
+    for kind in ("infer", "train", "sast")[: 2 + has_smooth]:
+        path = f"{folder}/{id(child)}-{kind}.npz"
+        seconds = child.ask("compile", kind, path)
+        if child.error:
+            return {"error": child.error}
+        row["compile_seconds"][kind] = round(seconds, 2)
+        with np.load(path) as arrays:
+            row["outputs"][kind] = np.concatenate([arrays[key].ravel() for key in arrays.files])
+        if kind == "train":
+            row["memory_megabytes"] = round((child.ask("memory", kind, "-") or 0) / 1e6)
+    return row
 
 
-def measure(workload, libraries, rounds, steps):
-    """Returns a row per library, and the rounds with what was seen of the load."""
+def prepare(workload, libraries, pool):
+    """Returns the processes of all libraries, and a row for each; on a CPU they compile one at a time."""
     present = [name for name in libraries if importlib.util.find_spec(LIBRARIES[name][1])]
-    rows = {name: {"error": "not installed"} for name in libraries}
-    children = {name: Child(name, workload) for name in present}
+    children = dict(zip(present, pool.map(lambda name: Child(name, workload), present), strict=True))
     with tempfile.TemporaryDirectory() as folder:
-        rows |= compile_all(children, folder)
-    if rows["sast_jax"].get("error"):
+        compiled = pool.map(lambda name: compile_one(children[name], not name.startswith("norse"), folder), present)
+        rows = {name: {"error": "not installed"} for name in libraries} | dict(zip(present, compiled, strict=True))
+    for name, row in rows.items():
+        print(f"  {name}: {row.get('error') or row['compile_seconds']}", flush=True)
+    if "error" in rows["sast_jax"]:
         raise SystemExit(f"sast_jax, to which all are compared: {rows['sast_jax']['error']}")
     reference = rows["sast_jax"]["outputs"]
     for row in rows.values():
         row["difference"] = {
             kind: float(f"{np.linalg.norm(value - reference[kind]) / np.linalg.norm(reference[kind]):.2g}")
-            for kind, value in row.pop("outputs", {}).items()
+            for kind, value in row.get("outputs", {}).items()
         }
+    for row in rows.values():
+        row.pop("outputs", None)
+    return children, rows
+
+
+def measure(workload, children, rows, rounds, steps):
+    """Times what is prepared; returns the rows, and the rounds with what was seen of the load."""
     working = {name: child for name, child in children.items() if not child.error}
     machine = Child("floor")
     ours = [*children.values(), machine]
@@ -219,16 +226,28 @@ def markdown(tables, environment):
             "",
         ]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    if ON_GPU:
+        where, compiling = f"float32 with products in TF32, one {environment['device']}", ", side by side"
+        memory = "of the GPU until then, of one process"
+    else:
+        where, compiling, memory = f"float32, {environment['cores']} {environment['device']} cores", "", "of the process"
     own = "; ".join(f"{name}: {text}" for name, text in OWN_WAYS.items())
     lines.append(
-        f"Median over rounds (quartiles), and ratio to sast_jax within a round. float32, {environment['cores']} "
-        f"{environment['device']} cores, {environment['steps']} steps a round. Compile: first calls of all three. Memory: peak "
-        "of the process in a train step. Difference from sast_jax before training: logits / gradient of a train step / of a SAST "
-        f"step, relative. {own}. Floor: the larger of products at the machine's measured rate and memory traffic (frames once, "
-        f"potentials there and back, weights) at the measured bandwidth. A round is quiet if other programs took less than "
-        f"{QUIET} processors. {versions}."
+        f"Median over rounds (quartiles), and ratio to sast_jax within a round. {where}, {environment['steps']} steps a round. "
+        f"Compile: first calls of all three{compiling}. Memory: peak {memory}, in a train step. Difference from sast_jax before "
+        f"training: logits / gradient of a train step / of a SAST step, relative. {own}. Floor: the larger of products at the "
+        "machine's measured rate and memory traffic (frames once, potentials there and back, weights) at the measured bandwidth. "
+        f"A round is quiet if other programs took less than {QUIET} processors. {versions}."
     )
     return "\n".join(lines) + "\n"
+
+
+def device_name():
+    """Of the GPU, or the processor."""
+    if ON_GPU:
+        return subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True).splitlines()[0]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if "model name" in line), "")
 
 
 def main():
@@ -243,17 +262,21 @@ def main():
     for package in PACKAGES:
         if importlib.util.find_spec(package):
             versions[package] = importlib.metadata.version(package)
-    device = next(
-        (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
-    )
-    environment = {"device": device, "cores": CORES, "rounds": args.rounds, "steps": args.steps, "versions": versions}
+    environment = {"device": device_name(), "cores": CORES, "rounds": args.rounds, "steps": args.steps, "versions": versions}
+    libraries = ["sast_jax", *(name for name in args.libraries if name != "sast_jax")]
+    workloads = [list(WORKLOADS)[number] for number in args.workloads]
     tables = {}
-    for number in args.workloads:
-        workload = list(WORKLOADS)[number]
-        print(workload, flush=True)
-        libraries = ["sast_jax", *(name for name in args.libraries if name != "sast_jax")]
-        tables[workload] = measure(workload, libraries, args.rounds, args.steps)
-    publish("peers", {"environment": environment, "workloads": tables}, markdown(tables, environment))
+    # A CPU is left to one at a time; beside a GPU there are cores enough, and compiling would take most of the time.
+    with ThreadPoolExecutor(CORES if ON_GPU else 1) as libraries_pool, ThreadPoolExecutor() as workloads_pool:
+        prepared = {name: workloads_pool.submit(prepare, name, libraries, libraries_pool) for name in workloads if ON_GPU}
+        for name in workloads:
+            children, rows = prepared[name].result() if ON_GPU else prepare(name, libraries, libraries_pool)
+            print(name, flush=True)
+            wait(prepared.values())
+            tables[name] = measure(name, children, rows, args.rounds, args.steps)
+            file = "peers_gpu" if ON_GPU else "peers"
+            if ON_GPU or name == workloads[-1]:  # Time on a GPU may be over before all is measured.
+                publish(file, {"environment": environment, "workloads": tables}, markdown(tables, environment))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Writes `benchmarks/results/train_step.json` and `.md`, and the table into `docs/
 
 import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import jax
@@ -53,18 +54,23 @@ WORKLOADS = {
 
 
 class Program:
-    """A compiled train step with the state and the batches it runs on."""
+    """A train step with the state and the batches it runs on, to be compiled before it runs."""
 
     def __init__(self, step, state, batches):
-        """Compiles the step, and notes how long that takes and how many bytes it needs."""
+        """Traces the step."""
+        self._lowered = step.lower(state, *batches)
+        self._state, self._batches = state, jax.device_put(batches)
+
+    def compile(self):
+        """Compiles the step and takes one, and notes how long it takes to compile and how many bytes it needs."""
         start = time.perf_counter()
-        self._step = step.lower(state, *batches).compile()
+        self._step = self._lowered.compile()
         self.compile_seconds = time.perf_counter() - start
         memory = self._step.memory_analysis()  # Of each of the devices.
-        num_devices = len(jax.tree.leaves(state)[0].sharding.device_set)
+        num_devices = len(jax.tree.leaves(self._state)[0].sharding.device_set)
         self.num_bytes = num_devices * (memory.argument_size_in_bytes + memory.temp_size_in_bytes)
-        self._state, self._batches = state, jax.device_put(batches)
         self.run()
+        return self
 
     def run(self):
         """Takes one step."""
@@ -72,7 +78,13 @@ class Program:
         return self._state
 
 
-def make_program(network, canonical, rho, num_time_steps, batch_size, is_split=False):
+def compile_all(programs):
+    """Compiles programs, side by side where the cores have nothing else to do, and returns them."""
+    with ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else None) as pool:
+        return dict(zip(programs, pool.map(Program.compile, programs.values()), strict=True))
+
+
+def make_program(network, canonical, rho, num_time_steps, batch_size, is_split=False, mode="surrogate"):
     """Returns the program of a candidate."""
     mesh = make_mesh(batch_size) if is_split else None
     rng = np.random.default_rng(0)
@@ -87,15 +99,17 @@ def make_program(network, canonical, rho, num_time_steps, batch_size, is_split=F
     convolution = mock.patch("sast_jax.convolution.convolution", plain_convolution)
     with contextlib.nullcontext() if canonical else convolution:
         state = place(init_state(network, tx, np.zeros(shape)[:, :1], seed=0), mesh, WHOLE)
-        step = make_train_step(network, tx, "surrogate", mesh=mesh)
+        step = make_train_step(network, tx, mode, mesh=mesh)
         return Program(step, state, [place(batch, mesh, BATCH_SPECS) for batch in batches])
 
 
 def measure(candidates, is_split, num_time_steps, batch_size, rounds):
     """Returns a row per candidate; the first one is what the others are compared with."""
     other = "default, one device for all cores" if is_split else "default, a device per core"
-    compiled = {name: make_program(*each, num_time_steps, batch_size, is_split) for name, each in candidates.items()}
-    compiled[other] = make_program(*next(iter(candidates.values())), num_time_steps, batch_size, not is_split)
+    sizes = num_time_steps, batch_size
+    programs = {name: make_program(*each, *sizes, is_split) for name, each in candidates.items()}
+    programs[other] = make_program(*next(iter(candidates.values())), *sizes, not is_split)
+    compiled = compile_all(programs)
     seconds = take_turns({name: candidate.run for name, candidate in compiled.items()}, rounds)
     reference = next(iter(seconds.values()))
     return {

@@ -56,7 +56,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.network.init_gain = 4.0  # Initial weights are this much larger than LeCun's; at 1 or 2 SAST starts learning late.
     config.network.precision = "float32"  # Of the products with weights; bfloat16: for GPUs and TPUs, slow on CPUs.
     config.network.time_chunk = 0  # Steps between states kept for the gradient, to save memory in long recordings; 0: all kept.
-    config.network.time_loop = "scan"  # pallas: kernels for GPUs and TPUs, not yet timed there; interpreted on CPUs.
+    config.network.time_loop = "auto"  # pallas: kernels for GPUs and TPUs; scan: the compiler's loop; auto: pallas on GPUs.
 
     config.certified = ml_collections.ConfigDict()
     config.certified.margin = 0.0  # Above 0: excitation is capped so that each layer contracts by 1 - margin a step; 0: free.

@@ -120,7 +120,7 @@ SCHEMA: dict[str, Field] = {
     "network.init_gain": _number(0, 1000, above=True),
     "network.precision": _choice(*networks.PRECISIONS).or_else("float32"),
     "network.time_chunk": _integer(0, 10_000).or_else(0),
-    "network.time_loop": _choice(*networks.TIME_LOOPS).or_else("scan"),
+    "network.time_loop": _choice(*networks.TIME_LOOPS).or_else("auto"),
     "certified.margin": _number(0, 0.999).or_else(0.0),
     "mode": _choice("surrogate", "straight_through"),
     "spikes.initial_slope": _number(0).or_else(0.0),

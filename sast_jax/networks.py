@@ -10,18 +10,21 @@ import jax.numpy as jnp
 
 from sast_jax.convolution import Convolution
 from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, rate_readout, spikes_and_remaining
-from sast_jax.pallas import lif_pallas
+from sast_jax.pallas import are_fast, lif_pallas
 from sast_jax.spikes import Mode, SpikeFn, spike_fn
 
-Order = Literal["layer_major", "step_major"]
+Order = Literal["auto", "layer_major", "step_major"]
 Readout = Literal["leaky", "rate"]
 Precision = Literal["float32", "bfloat16"]
-TimeLoop = Literal["scan", "pallas"]
+TimeLoop = Literal["auto", "scan", "pallas"]
 
-ORDERS: tuple[Order, ...] = ("layer_major", "step_major")
+ORDERS: tuple[Order, ...] = ("auto", "layer_major", "step_major")
 READOUTS: tuple[Readout, ...] = ("leaky", "rate")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
-TIME_LOOPS: tuple[TimeLoop, ...] = ("scan", "pallas")
+TIME_LOOPS: tuple[TimeLoop, ...] = ("auto", "scan", "pallas")
+
+MAX_UNROLL = 32
+"""Steps of a loop that has none left where that is fast, on GPUs and TPUs; the more, the longer it takes to compile."""
 
 
 class Activity(NamedTuple):
@@ -91,14 +94,17 @@ class SpikingNetwork(nn.Module):
         init_gain: Standard deviation of the initial weights times the square root of their fan-in. At 1 (LeCun) few neurons
             of a second layer reach the threshold and learning starts slowly.
         order: `layer_major` takes all T steps through one layer before the next (T * B images at once through each synapse);
-            `step_major` takes all layers through one step before the next. Equal up to rounding; they differ in speed.
-        unroll: Steps per iteration of the compiled time loop, or `None` for all of them (no loop is left).
+            `step_major` takes all layers through one step before the next. Equal up to rounding; they differ in speed and memory.
+            `auto`: what was faster in measurements, `layer_major` but for convolutions on a CPU.
+        unroll: Steps per iteration of the compiled time loop, or `None` for all of them (no loop is left). 0: one on a CPU,
+            elsewhere all, at most 32.
         precision: Of the products of weights with frames and spikes. In `bfloat16` they are half as large and, on GPUs and TPUs,
             faster; weights, potentials, spikes and logits stay in float32.
         time_chunk: Steps after which the state of the neurons is kept for the backward pass; all between is computed again.
             Memory grows with T / time_chunk + time_chunk instead of T, for one more forward pass. 0: all is kept.
         time_loop: What takes the neurons of a layer through time: `scan`, the compiler's loop, or `pallas`, kernels for GPUs and
-            TPUs (`lif_pallas`), which take whole layers and so imply the order `layer_major`.
+            TPUs (`lif_pallas`), which take whole layers and so imply the order `layer_major`. `auto`: the kernels on a GPU unless
+            the order is `step_major`, and the loop elsewhere.
     """
 
     num_classes: int
@@ -110,11 +116,11 @@ class SpikingNetwork(nn.Module):
     readout: Readout = "leaky"
     readout_decay: float = 0.0
     init_gain: float = 2.0
-    order: Order = "layer_major"
-    unroll: int | None = 1
+    order: Order = "auto"
+    unroll: int | None = 0
     precision: Precision = "float32"
     time_chunk: int = 0
-    time_loop: TimeLoop = "scan"
+    time_loop: TimeLoop = "auto"
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -149,6 +155,28 @@ class SpikingNetwork(nn.Module):
         return self.synapses[index](self.pool(index, x) / self.pool_area(index)).astype(x.dtype)
 
     @property
+    def order_on_cpu(self) -> Order:
+        """Returns the order `auto` on a CPU, where either may be the faster one."""
+        return "layer_major"
+
+    @property
+    def _has_kernels(self):
+        return self.time_loop == "pallas" or (self.time_loop == "auto" and self.order != "step_major" and are_fast())
+
+    @property
+    def _order_here(self):
+        if self._has_kernels:
+            return "layer_major"
+        if self.order != "auto":
+            return self.order
+        return self.order_on_cpu if jax.default_backend() == "cpu" else "layer_major"
+
+    def _unroll_here(self, num_time_steps):
+        if self.unroll is None:
+            return num_time_steps
+        return self.unroll or (1 if jax.default_backend() == "cpu" else min(num_time_steps, MAX_UNROLL))
+
+    @property
     def product_dtype(self) -> Any:
         """What the synapses cast their operands to; `None`: they take them as they come."""
         return jnp.bfloat16 if self.precision == "bfloat16" else None
@@ -168,6 +196,10 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
         if self.time_loop not in TIME_LOOPS:
             raise ValueError(f"time_loop must be one of {', '.join(TIME_LOOPS)}; got {self.time_loop!r}")
+        if self.precision == "bfloat16" and self._order_here == "step_major" and jax.default_backend() == "gpu":
+            raise ValueError(
+                "precision bfloat16 with order step_major gives wrong gradients on GPUs, seen with jax 0.11.2; take order auto"
+            )
         self.synapses = self.make_synapses()
 
     def __call__(
@@ -189,7 +221,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             ValueError: If there are not as many modes as layers of spiking neurons.
         """
-        is_layer_major = self.order == "layer_major" or self.time_loop == "pallas"
+        is_layer_major = self._order_here == "layer_major"
         run = type(self)._layer_major if is_layer_major else type(self)._step_major
         init = lif_init if is_layer_major else jnp.zeros_like
         neurons = self.neurons(mode, calibration)
@@ -246,7 +278,7 @@ class SpikingNetwork(nn.Module):
 
     def _layer_major(self, states, frames, neurons, gains):
         num_time_steps, batch_size = frames.shape[:2]
-        run = lif_pallas if self.time_loop == "pallas" else functools.partial(lif, unroll=self.unroll or num_time_steps)
+        run = functools.partial(lif_pallas if self._has_kernels else lif, unroll=self._unroll_here(num_time_steps))
         new_states, spikes, x = [], [], frames
         for index in range(len(self.synapses)):
             current = self.current(index, x.reshape(-1, *x.shape[2:]))
@@ -275,7 +307,7 @@ class SpikingNetwork(nn.Module):
             activity = Activity(tuple(map(jnp.mean, spikes)), tuple(map(jnp.mean, above)))
             return tuple(new_remaining), (x, tuple(spikes), activity)
 
-        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self.unroll or len(frames))
+        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self._unroll_here(len(frames)))
         remaining, (outputs, spikes, activity) = scan(self, remaining, frames)
         return remaining, outputs, spikes, activity
 
@@ -320,12 +352,16 @@ class SpikingConvNet(SpikingNetwork):
     features: tuple[int, ...] = (12, 32)
     kernel_size: int = 5
     pool_size: int = 2
-    order: Order = "step_major"
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """As `conv_0`, `conv_1`, `readout`."""
         return (*(f"conv_{i}" for i in range(len(self.features))), "readout")
+
+    @property
+    def order_on_cpu(self) -> Order:
+        """Step by step, what reaches a convolution is still in the caches."""
+        return "step_major"
 
     def make_synapses(self) -> list[nn.Module]:
         """Convolutions, and a dense layer."""

@@ -173,13 +173,11 @@ def leaky_readout(current: jax.Array, decay: float | jax.Array = 0.0) -> jax.Arr
         >>> leaky_readout(jnp.array([[[1.0]], [[2.0]]]), decay=0.5).item()
         1.75
     """
-
-    def step(potential, current_now):
-        potential = decay * potential + current_now
-        return potential, potential
-
-    _, potentials = jax.lax.scan(step, jnp.zeros_like(current[0]), current)
-    return jnp.mean(potentials, axis=0)
+    num_time_steps = len(current)
+    steps = jnp.arange(num_time_steps).reshape(-1, *[1] * (current.ndim - 1))
+    # A current counts in its own and all later potentials: in the last one once, in those before the more often.
+    weights = jnp.flip(jnp.cumsum(jnp.asarray(decay, current.dtype) ** steps, axis=0), axis=0) / num_time_steps
+    return jnp.sum(weights * current, axis=0)
 
 
 def rate_readout(spikes: jax.Array) -> jax.Array:

@@ -1,18 +1,23 @@
 """Neurons as Pallas kernels for GPUs and TPUs: the state stays in registers over time, spikes and potentials are written once."""
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from sast_jax.neurons import LIFState, Reset, lif, lif_init, lif_step, remaining_potential
 from sast_jax.spikes import SpikeFn
 
-BLOCK_SIZE = 1024
-"""Neurons per program of the grid; smaller layers take the next power of two that holds them."""
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # It is deprecated, and in some future jax there will be none.
+    triton = None  # type: ignore[assignment]
+
+BLOCK_SIZE, MIN_BLOCK_SIZE = 1024, 128
+"""Most and least neurons per program of the grid; where no power of two between them divides a layer, it is padded."""
 
 
 def lif_pallas(
@@ -23,6 +28,7 @@ def lif_pallas(
     reset: Reset = "zero",
     spike_fn: SpikeFn,
     initial_state: LIFState | None = None,
+    unroll: int = 1,
 ) -> tuple[jax.Array, LIFState]:
     """Equals `lif` up to rounding, in value and gradient, in one pass over memory each way.
 
@@ -38,6 +44,7 @@ def lif_pallas(
         reset: As in `lif`.
         spike_fn: As in `lif`.
         initial_state: As in `lif`.
+        unroll: As in `lif`, where it runs instead.
 
     Returns:
         As `lif`.
@@ -47,17 +54,24 @@ def lif_pallas(
     """
     neuron: dict[str, Any] = {"decay": decay, "threshold": threshold, "reset": reset, "spike_fn": spike_fn}
     if not _is_covered(current, decay, threshold, spike_fn):
-        return lif(current, initial_state=initial_state, **neuron)
+        return lif(current, initial_state=initial_state, unroll=unroll, **neuron)
     state = lif_init(current[0]) if initial_state is None else initial_state
     num_time_steps, *shape = current.shape
     num_neurons = current[0].size
-    block_size = min(BLOCK_SIZE, pl.next_power_of_2(num_neurons))
+    block_size = math.gcd(num_neurons, BLOCK_SIZE)
+    if block_size < MIN_BLOCK_SIZE:  # Padding copies all currents.
+        block_size = min(BLOCK_SIZE, pl.next_power_of_2(num_neurons))
     padding = -num_neurons % block_size
-    flat = jax.tree.map(lambda x: jnp.pad(x.reshape(-1), (0, padding)), state)
-    rows = jnp.pad(current.reshape(num_time_steps, -1), ((0, 0), (0, padding)))
-    spikes, state = _neurons(rows, flat, tuple(neuron.items()), block_size)
+    pad = lambda x: jnp.pad(x, (*[(0, 0)] * (x.ndim - 1), (0, padding))) if padding else x  # noqa: E731
     unpad = lambda x: x[..., :num_neurons]  # noqa: E731
+    flat = jax.tree.map(lambda x: pad(x.reshape(-1)), state)
+    spikes, state = _neurons(pad(current.reshape(num_time_steps, -1)), flat, tuple(neuron.items()), block_size)
     return unpad(spikes).reshape(current.shape), jax.tree.map(lambda x: unpad(x).reshape(shape), state)
+
+
+def are_fast() -> bool:
+    """Whether the kernels are what is fastest here: on GPUs. On TPUs they have not been timed."""
+    return triton is not None and jax.default_backend() == "gpu"
 
 
 def _is_covered(current, decay, threshold, spike_fn):

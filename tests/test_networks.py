@@ -253,6 +253,13 @@ def test_bfloat16_is_of_the_products_alone_and_its_gradient_close(network, sizes
     assert 1e-5 < error < 0.05
 
 
+def test_bfloat16_step_by_step_is_refused_on_gpus(frames, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    init(SpikingConvNet(**CONV, precision="bfloat16", time_loop="scan"), frames)
+    with pytest.raises(ValueError, match="bfloat16 with order step_major gives wrong gradients"):
+        init(SpikingConvNet(**CONV, precision="bfloat16", order="step_major"), frames)
+
+
 def test_in_bfloat16_weights_optimizer_and_perturbation_stay_float32(frames):
     net, radius = SpikingMLP(**MLP, precision="bfloat16"), 1e-4
     tx, moved = optax.chain(sam(radius), optax.adam(1e-3)), []

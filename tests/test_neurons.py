@@ -175,6 +175,22 @@ def test_leaky_readout_is_the_mean_of_the_integrated_current():
     np.testing.assert_allclose(leaky_readout(current), current.mean(0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
+def test_gradient_of_the_readout_in_its_decay_is_that_of_the_sum_over_steps(decay, float64):
+    current = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 3)))
+    step = 1e-6
+    gradient = jax.grad(lambda decay: jnp.sum(jnp.sin(leaky_readout(current, decay))))(decay)
+
+    def loss(decay):
+        potential, total = np.zeros((2, 3)), np.zeros((2, 3))
+        for now in np.asarray(current):
+            potential = decay * potential + now
+            total += potential
+        return np.sin(total / 5).sum()
+
+    np.testing.assert_allclose(gradient, (loss(decay + step) - loss(decay - step)) / (2 * step), rtol=1e-6)
+
+
 def test_rate_readout_counts_spikes():
     spikes = jnp.array([[[1.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.0]]])
     assert rate_readout(spikes).tolist() == [[2.0, 1.0]]

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice
 
-from sast_jax import FAMILIES, LIFState, SpikingConvNet, lif, spike_fn
+from sast_jax import FAMILIES, LIFState, SpikingConvNet, lif, pallas, spike_fn
 from sast_jax.pallas import lif_pallas
 from sast_jax.spikes import MODES, mixed_spike_fn
 
@@ -107,3 +109,41 @@ def test_kernels_are_lowered_for_devices_that_are_not_here(mode, platform, backe
         traced = jax.jit(jax.grad(loss)).trace(jax.ShapeDtypeStruct((6, 1500), jnp.float32))
         lowered = traced.lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("custom_call @") >= 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "choice", "has_kernels", "num_loops"),
+    [
+        ("cpu", {}, False, 1),
+        ("gpu", {}, True, 0),
+        ("gpu", {"time_loop": "scan"}, False, 0),
+        ("gpu", {"time_loop": "scan", "unroll": 2}, False, 2),
+        ("gpu", {"order": "step_major"}, False, 0),
+        ("gpu", {"order": "step_major", "unroll": 1}, False, 1),
+        ("tpu", {}, False, 0),
+    ],
+)
+def test_networks_take_the_kernels_on_gpus_and_unrolled_loops_elsewhere_off_cpus(
+    backend, choice, has_kernels, num_loops, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    frames = jnp.zeros((3, 2, 8, 8, 2))
+    net = SpikingConvNet(3, features=(4, 4), kernel_size=3, **choice)
+    params = jax.eval_shape(net.init, jax.random.key(0), frames)
+    program = jax.make_jaxpr(lambda params: net.apply(params, frames).logits)(params)
+    assert str(program).count("pallas_call[") == 2 * has_kernels
+    scans = [equation for equation in program.eqns if equation.primitive.name == "scan"]
+    assert sum(equation.params["length"] > equation.params["unroll"] for equation in scans) == num_loops
+
+
+def test_without_triton_gpus_have_no_kernels(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert pallas.are_fast()
+    monkeypatch.setattr(pallas, "triton", None)
+    assert not pallas.are_fast()
+
+
+@pytest.mark.parametrize(("num_neurons", "is_padded"), [(3 * 256, False), (2 * 1024, False), (3 * 64, True)])
+def test_layers_that_blocks_divide_are_not_copied(num_neurons, is_padded):
+    run = functools.partial(lif_pallas, decay=0.9, spike_fn=spike_fn("surrogate"))
+    assert ("pad[" in str(jax.make_jaxpr(run)(jnp.ones((2, num_neurons))))) == is_padded
