@@ -27,5 +27,6 @@ def get_config(variant=""):
 
 def get_study():
     """Returns the methods, each with all combinations of these values and of those of its own; the first of equals is taken."""
-    methods = with_grid({"optimizer.learning_rate": (24e-3, 12e-3, 48e-3)})
-    return Study({name: methods[name] for name in _NAMES}, seeds=(0, 1, 2, 3, 4), selection_seeds=(100, 101), folds=5)
+    methods = with_grid({"optimizer.learning_rate": (24e-3, 12e-3, 48e-3, 96e-3, 192e-3)})
+    methods = {name: method for name, method in methods.items() if name in {*_NAMES, "straight_through_longer"}}
+    return Study(methods, seeds=(0, 1, 2, 3, 4), selection_seeds=(100, 101), folds=5)

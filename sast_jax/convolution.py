@@ -1,5 +1,6 @@
-"""A convolution whose value and gradient reach the compiler in the forms that it has fast kernels for."""
+"""A convolution and a pool whose values and gradients reach the compiler in the forms that it is fast at."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -96,6 +97,44 @@ def _bwd(residuals, cotangent):
 
 
 convolution.defvjp(_fwd, _bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_windows(images: jax.Array, size: int) -> jax.Array:
+    """Sums over windows of some height and width that do not overlap; an incomplete one at the border is dropped.
+
+    Where there is no gradient to be taken, as a sum of strided images: on a CPU XLA joins that with what comes before it, in one
+    pass over memory, and a sum over axes not. Where there is one, such a sum would take longer there.
+
+    Args:
+        images: `[B, H, W, C]`.
+        size: Height and width k of a window.
+
+    Returns:
+        `[B, H // k, W // k, C]`.
+    """
+    windows = _windows(images, size)
+    return functools.reduce(jnp.add, [windows[:, :, row, :, column] for row in range(size) for column in range(size)])
+
+
+def _windows(images, size):
+    batch_size, height, width, channels = images.shape
+    rows, columns = height // size, width // size
+    return images[:, : rows * size, : columns * size].reshape(batch_size, rows, size, columns, size, channels)
+
+
+def _sum_windows_fwd(images, size):
+    return _windows(images, size).sum((2, 4)), images.shape
+
+
+def _sum_windows_bwd(size, shape, cotangent):
+    windows = jax.linear_transpose(functools.partial(_windows, size=size), jax.ShapeDtypeStruct(shape, cotangent.dtype))
+    _, rows, columns, _ = cotangent.shape
+    spread = jnp.broadcast_to(cotangent[:, :, None, :, None], (shape[0], rows, size, columns, size, shape[-1]))
+    return windows(spread)
+
+
+sum_windows.defvjp(_sum_windows_fwd, _sum_windows_bwd)
 
 
 class Convolution(nn.Module):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sast_jax.convolution import Convolution
+from sast_jax.convolution import Convolution, sum_windows
 from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, rate_readout, spikes_and_remaining
 from sast_jax.pallas import are_fast, lif_pallas
 from sast_jax.spikes import Mode, SpikeFn, spike_fn
@@ -377,11 +377,7 @@ class SpikingConvNet(SpikingNetwork):
     def pool(self, index: int, x: jax.Array) -> jax.Array:
         """Pools what reaches any layer but the first."""
         if index > 0:
-            # Not `nn.pool`, whose gradient takes longer on a CPU.
-            size = self.pool_size
-            batch_size, height, width, channels = x.shape
-            rows, columns = height // size, width // size
-            x = x[:, : rows * size, : columns * size].reshape(batch_size, rows, size, columns, size, channels).sum((2, 4))
+            x = sum_windows(x, self.pool_size)
         return x if index < len(self.features) else x.reshape(x.shape[0], -1)
 
     def pool_area(self, index: int) -> int:

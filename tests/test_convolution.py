@@ -3,8 +3,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sast_jax.convolution import Convolution, convolution
+from sast_jax.convolution import Convolution, convolution, sum_windows
 
 
 def draw(batch_size, height, width, size, channels, features, dtype=np.float64):
@@ -77,6 +79,29 @@ def test_gradient_may_be_differentiated_again(float64):
         return jax.grad(lambda kernel: jnp.sum(inner(kernel) ** 2))(kernel)
 
     np.testing.assert_allclose(second(convolution), second(reference), rtol=1e-8)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)),
+    size=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_sums_over_windows_and_their_gradient_are_those_of_a_loop_over_them(shape, size, seed):
+    rng = np.random.default_rng(seed)
+    batch_size, height, width, channels = shape
+    rows, columns = height // size, width // size
+    images, cotangent = rng.normal(size=shape), rng.normal(size=(batch_size, rows, columns, channels))
+    sums, gradient = np.zeros_like(cotangent), np.zeros_like(images)
+    for row, column in np.ndindex(rows, columns):
+        window = np.s_[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
+        sums[:, row, column] = images[window].sum((1, 2))
+        gradient[window] = cotangent[:, row, column][:, None, None]
+    with jax.enable_x64(True):
+        with_gradient, back = jax.vjp(lambda x: sum_windows(x, size), images)
+        np.testing.assert_allclose(sum_windows(images, size), sums, atol=1e-12)
+        np.testing.assert_allclose(with_gradient, sums, atol=1e-12)
+        np.testing.assert_array_equal(back(jnp.asarray(cotangent))[0], gradient)
 
 
 def test_weights_are_those_of_flax():

@@ -34,7 +34,7 @@ class Plan(NamedTuple):
         """Returns the locked config of a method at a point of its grid, with further fields."""
         config = ml_collections.ConfigDict(self.configs[name].to_dict())
         for key, value in (point | fields).items():
-            config_lib.set_field(config, key, value * self.study.methods[name].epochs if key == "num_epochs" else value)
+            config_lib.set_field(config, key, self.study.methods[name].lengthen(value) if key == "num_epochs" else value)
         return config.lock()
 
 
@@ -64,7 +64,7 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         keep = frozenset(key for key in keys if name not in _targets(flat, key))
         found = config_lib.apply_overrides(config, overrides, keep=keep)
         if "num_epochs" in keys and not found:
-            config.num_epochs *= method.epochs
+            config.num_epochs = method.lengthen(config.num_epochs)
         grid = {key: values for key, values in method.grid.items() if key in keep or key not in keys}
         methods[name], loaded[name] = method._replace(grid=grid), config
         found = found or config_lib.find_problems(config, with_data=False)
