@@ -34,7 +34,7 @@ VARIANTS = {
 def make_problem():
     """A network of 51 weights and 48 recordings whose labels follow a random network's decisions, one in eight at random."""
     rng = np.random.default_rng(0)
-    network = SpikingMLP(num_classes=3, features=(4,), slope=2.0, init_gain=1.0)
+    network = SpikingMLP(num_classes=3, features=(4,), slope=2.0, init_gain=1.0, time_loop="scan")
     frames = jnp.asarray(rng.integers(0, 2, (5, NUM_SAMPLES, 2, 2, 2)), jnp.float32)
     teacher = network.init(jax.random.key(1), frames)["params"]
     labels = np.asarray(network.apply({"params": jax.tree.map(lambda w: 3 * w, teacher)}, frames).logits.argmax(-1))

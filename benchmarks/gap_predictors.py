@@ -95,7 +95,8 @@ def measure(run, recordings):
     batch = take_batch(recordings, np.arange(min(NUM_RECORDINGS, len(recordings.labels))))
     frames, labels = jnp.asarray(batch.frames, jnp.float32), jnp.asarray(batch.labels)
     values = {key: float(value) for key, value in measure_forward(run.network, run.params, frames, labels).items()}
-    extremes = hessian_extremes(make_loss(run.network), run.params, frames, labels, tolerance=2e-2)
+    network = run.network.clone(time_loop="scan")  # Kernels have no second derivative.
+    extremes = hessian_extremes(make_loss(network), run.params, frames, labels, tolerance=2e-2)
     return values | {
         "curvature": max(map(abs, extremes)),
         "validation_gap": run.results["validation"]["transfer_gap"],

@@ -1,11 +1,11 @@
-"""What is timed elsewhere here on a CPU, on a GPU, in one command of less than eight minutes.
+"""What is timed elsewhere here on a CPU, on a GPU, in one command of a few minutes.
 
     python benchmarks/gpu.py
 
 Train steps and inference by order of work, time loop and precision, many runs at once, and the time until the first step of a
 run. The programs of a network are compiled side by side and then take turns of some steps each, which are waited for together, as
-in training. After each network it writes `benchmarks/results/gpu.json` and `.md`, and the table into `docs/results.md`. `--small`
-tries it out on tiny networks.
+in training. After each network it writes `benchmarks/results/gpu.json` and `.md`. `--small` tries it out on tiny networks and
+writes `gpu_small` instead.
 """
 
 import argparse
@@ -40,7 +40,7 @@ WAYS = {
 DEFAULT, *_, ON_CPU = [way for way, choice in WAYS.items() if "precision" not in choice]
 """What the others are compared with, and what convolutional networks take on a CPU."""
 
-PAIRS = f"{DEFAULT}, pixels in pairs"
+PAIRS = f"{DEFAULT}, pixels in pairs, derived gradient"
 WORKLOADS = {
     "conv 34x34x2 - 16 - 32, T 10, batch 32": (SpikingConvNet, (16, 32), 10, 32),
     "conv 34x34x2 - 16 - 32, T 10, batch 512": (SpikingConvNet, (16, 32), 10, 512),
@@ -148,7 +148,7 @@ def main():
 
     def publish_so_far():  # Time on a GPU may be over before all is measured.
         results["seconds"] = time.monotonic() - start
-        publish("gpu", results, markdown(results))
+        publish("gpu_small" if args.small else "gpu", results, markdown(results))
 
     for workload, sizes in (SMALL if args.small else WORKLOADS).items():
         results["workloads"][workload] = measure(compile_all(make_programs(*sizes)))

@@ -37,13 +37,13 @@ CONV = {
     "step-major, unrolled, canonical gradient": (SpikingConvNet(10, order="step_major", unroll=None), True, 0.0),
     "step-major, unrolled, derived gradient": (SpikingConvNet(10, order="step_major", unroll=None), False, 0.0),
     "step-major, rolled loop, derived gradient": (SpikingConvNet(10, order="step_major", unroll=1), False, 0.0),
-    "layer-major": (SpikingConvNet(10, order="layer_major"), True, 0.0),
+    "layer-major": (SpikingConvNet(10, order="layer_major", unroll=1), True, 0.0),
     "default, SAM with an independent batch": (SpikingConvNet(10), True, 0.3),
 }
 DENSE = {
-    "layer-major": (SpikingMLP(10), True, 0.0),
-    "layer-major, unrolled": (SpikingMLP(10, unroll=None), True, 0.0),
-    "step-major, rolled loop": (SpikingMLP(10, order="step_major"), True, 0.0),
+    "layer-major": (SpikingMLP(10, order="layer_major", unroll=1), True, 0.0),
+    "layer-major, unrolled": (SpikingMLP(10, order="layer_major", unroll=None), True, 0.0),
+    "step-major, rolled loop": (SpikingMLP(10, order="step_major", unroll=1), True, 0.0),
     "step-major, unrolled": (SpikingMLP(10, order="step_major", unroll=None), True, 0.0),
     "default, SAM with an independent batch": (SpikingMLP(10), True, 0.3),
 }

@@ -24,7 +24,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 TIME_LOOPS: tuple[TimeLoop, ...] = ("auto", "scan", "pallas")
 
 MAX_UNROLL = 32
-"""Steps of a loop that has none left where that is fast, on GPUs and TPUs; the more, the longer it takes to compile."""
+"""Most steps that are unrolled of themselves, where it is not a CPU; the more, the longer it takes to compile."""
 
 
 class Activity(NamedTuple):
@@ -95,16 +95,16 @@ class SpikingNetwork(nn.Module):
             of a second layer reach the threshold and learning starts slowly.
         order: `layer_major` takes all T steps through one layer before the next (T * B images at once through each synapse);
             `step_major` takes all layers through one step before the next. Equal up to rounding; they differ in speed and memory.
-            `auto`: what was faster in measurements, `layer_major` but for convolutions on a CPU.
+            `auto`: `step_major` for convolutions on a CPU, else `layer_major`; see docs/results.md.
         unroll: Steps per iteration of the compiled time loop, or `None` for all of them (no loop is left). 0: one on a CPU,
-            elsewhere all, at most 32.
-        precision: Of the products of weights with frames and spikes. In `bfloat16` they are half as large and, on GPUs and TPUs,
-            faster; weights, potentials, spikes and logits stay in float32.
+            elsewhere all, at most 32. Kernels have no such loop.
+        precision: Of the products of weights with frames and spikes. In `bfloat16` they are half as large and, in large batches
+            on a GPU, faster; weights, potentials, spikes and logits stay in float32.
         time_chunk: Steps after which the state of the neurons is kept for the backward pass; all between is computed again.
             Memory grows with T / time_chunk + time_chunk instead of T, for one more forward pass. 0: all is kept.
         time_loop: What takes the neurons of a layer through time: `scan`, the compiler's loop, or `pallas`, kernels for GPUs and
             TPUs (`lif_pallas`), which take whole layers and so imply the order `layer_major`. `auto`: the kernels on a GPU unless
-            the order is `step_major`, and the loop elsewhere.
+            the order is `step_major`, and the loop elsewhere. A second derivative needs the loop.
     """
 
     num_classes: int
@@ -196,9 +196,11 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
         if self.time_loop not in TIME_LOOPS:
             raise ValueError(f"time_loop must be one of {', '.join(TIME_LOOPS)}; got {self.time_loop!r}")
-        if self.precision == "bfloat16" and self._order_here == "step_major" and jax.default_backend() == "gpu":
+        is_in_loop = self._order_here == "step_major" or self.time_chunk
+        if self.precision == "bfloat16" and is_in_loop and jax.default_backend() == "gpu":
             raise ValueError(
-                "precision bfloat16 with order step_major gives wrong gradients on GPUs, seen with jax 0.11.2; take order auto"
+                "precision bfloat16 gave wrong gradients on a GPU with order step_major (jax 0.11.2), and has not been checked "
+                "with time_chunk; take order auto and time_chunk 0, or float32"
             )
         self.synapses = self.make_synapses()
 

@@ -169,10 +169,14 @@ def leaky_readout(current: jax.Array, decay: float | jax.Array = 0.0) -> jax.Arr
     Returns:
         Logits `[B, K]`.
 
+    Raises:
+        ValueError: If `current` is of an integer dtype.
+
     Example:
         >>> leaky_readout(jnp.array([[[1.0]], [[2.0]]]), decay=0.5).item()
         1.75
     """
+    _check_floating(current)
     num_time_steps = len(current)
     steps = jnp.arange(num_time_steps).reshape(-1, *[1] * (current.ndim - 1))
     # A current counts in its own and all later potentials: in the last one once, in those before the more often.

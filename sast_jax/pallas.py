@@ -17,7 +17,8 @@ except ImportError:  # It is deprecated, and in some future jax there will be no
     triton = None  # type: ignore[assignment]
 
 BLOCK_SIZE, MIN_BLOCK_SIZE = 1024, 128
-"""Most and least neurons per program of the grid; where no power of two between them divides a layer, it is padded."""
+"""Most and least neurons per program of the grid. A layer that no power of two between them divides is padded, or, if it is
+smaller, taken by one program."""
 
 
 def lif_pallas(
@@ -71,12 +72,15 @@ def lif_pallas(
 
 def are_fast() -> bool:
     """Whether the kernels are what is fastest here: on GPUs. On TPUs they have not been timed."""
-    return triton is not None and jax.default_backend() == "gpu"
+    device = jax.config.jax_default_device  # On a machine with a GPU it may be the CPU.
+    platform = getattr(device, "platform", device) or jax.default_backend()
+    return triton is not None and platform in ("gpu", "cuda")
 
 
 def _is_covered(current, decay, threshold, spike_fn):
     are_numbers = isinstance(decay, int | float) and isinstance(threshold, int | float)
-    if current.dtype != jnp.float32 or current.size == 0 or not are_numbers:
+    is_missing = triton is None and jax.default_backend() == "gpu"
+    if is_missing or current.dtype != jnp.float32 or current.size == 0 or not are_numbers:
         return False
     if jax.make_jaxpr(spike_fn)(current[0]).consts:
         return False

@@ -486,7 +486,7 @@ def test_each_method_differs_from_the_baseline_in_what_it_says_and_in_nothing_el
     baseline = configs["baseline"]
     for name, config in configs.items():
         method = METHODS[name]
-        expected = dict(method.changes) | ({"num_epochs": round(baseline["num_epochs"] * method.epochs)})
+        expected = dict(method.changes) | {"num_epochs": round(baseline["num_epochs"] * method.epochs)}
         differing = {key: value for key, value in config.items() if value != baseline[key]}
         assert differing == {key: value for key, value in expected.items() if value != baseline[key]}
         assert expected.keys() <= config.keys()
@@ -522,7 +522,7 @@ def test_matched_controls_take_as_many_gradients(path):
         return config.num_epochs * (2 if config.sam.rho and config.sam.perturbation in ("independent", "same") else 1)
 
     for name, method in plan.study.methods.items():
-        if method.controls and name != "baseline_twice":  # Which is the control.
+        if method.controls and name not in ("baseline_twice", "straight_through_longer"):  # Which cost more, and say so.
             assert cost(name) == cost(method.controls[0]), name
 
 

@@ -163,6 +163,8 @@ def test_unknown_reset_is_refused():
 def test_integer_current_is_refused():
     with pytest.raises(ValueError, match="current must be of a floating-point dtype; got int32"):
         lif(jnp.ones((2, 1), jnp.int32), decay=0.9, spike_fn=spike_fn("hard"))
+    with pytest.raises(ValueError, match="current must be of a floating-point dtype; got int32"):
+        leaky_readout(jnp.ones((2, 1, 3), jnp.int32), decay=0.9)
 
 
 def test_leaky_readout_is_the_mean_of_the_integrated_current():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice
 
 from sast_jax import FAMILIES, LIFState, SpikingConvNet, lif, pallas, spike_fn
+from sast_jax.networks import MAX_UNROLL
 from sast_jax.pallas import lif_pallas
 from sast_jax.spikes import MODES, mixed_spike_fn
 
@@ -82,13 +83,13 @@ def test_network_on_kernels_equals_the_one_on_scans():
     sizes = {"num_classes": 3, "features": (4, 5), "kernel_size": 3}
     params = SpikingConvNet(**sizes).init(jax.random.key(0), frames)["params"]
     results = []
-    for choice in ({}, {"time_loop": "pallas"}, {"time_loop": "pallas", "time_chunk": 2}):
+    for choice in ({"time_loop": "scan"}, {"time_loop": "pallas"}, {"time_loop": "pallas", "time_chunk": 2}):
         net = SpikingConvNet(**sizes, **choice)
 
         def loss(params, net=net):
             return jnp.sum(net.apply({"params": params}, frames, ("surrogate", "straight_through")).logits ** 2)
 
-        assert bool(kernels_in(loss, params)) == bool(choice)
+        assert bool(kernels_in(loss, params)) == (choice["time_loop"] == "pallas")
         results.append(jax.jit(jax.value_and_grad(loss))(params))
     for result in results[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), results[0], result)
@@ -118,6 +119,7 @@ def test_kernels_are_lowered_for_devices_that_are_not_here(mode, platform, backe
         ("gpu", {}, True, 0),
         ("gpu", {"time_loop": "scan"}, False, 0),
         ("gpu", {"time_loop": "scan", "unroll": 2}, False, 2),
+        ("gpu", {"time_loop": "scan", "num_time_steps": MAX_UNROLL + 1}, False, 2),
         ("gpu", {"order": "step_major"}, False, 0),
         ("gpu", {"order": "step_major", "unroll": 1}, False, 1),
         ("tpu", {}, False, 0),
@@ -127,7 +129,8 @@ def test_networks_take_the_kernels_on_gpus_and_unrolled_loops_elsewhere_off_cpus
     backend, choice, has_kernels, num_loops, monkeypatch
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    frames = jnp.zeros((3, 2, 8, 8, 2))
+    choice = dict(choice)
+    frames = jnp.zeros((choice.pop("num_time_steps", 3), 2, 8, 8, 2))
     net = SpikingConvNet(3, features=(4, 4), kernel_size=3, **choice)
     params = jax.eval_shape(net.init, jax.random.key(0), frames)
     program = jax.make_jaxpr(lambda params: net.apply(params, frames).logits)(params)
@@ -138,9 +141,14 @@ def test_networks_take_the_kernels_on_gpus_and_unrolled_loops_elsewhere_off_cpus
 
 def test_without_triton_gpus_have_no_kernels(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    run = functools.partial(lif_pallas, decay=0.9, spike_fn=spike_fn("surrogate"))
     assert pallas.are_fast()
+    assert kernels_in(run, jnp.ones((2, 256))) == 1
+    with jax.default_device("cpu"):
+        assert not pallas.are_fast()
     monkeypatch.setattr(pallas, "triton", None)
     assert not pallas.are_fast()
+    assert kernels_in(run, jnp.ones((2, 256))) == 0
 
 
 @pytest.mark.parametrize(("num_neurons", "is_padded"), [(3 * 256, False), (2 * 1024, False), (3 * 64, True)])

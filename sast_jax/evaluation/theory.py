@@ -136,6 +136,8 @@ def _norm_statement(layer):
 
 
 def _curvature_statements(network, params, frames, labels, rho):
+    network = network.clone(time_loop="scan")  # The kernels of GPUs have no second derivative.
+
     def loss_fn(params, frames, labels):
         logits = network.apply({"params": params}, frames).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

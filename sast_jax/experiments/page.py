@@ -65,7 +65,7 @@ def find(results: dict[str, Any]) -> list[str]:
     if bought:
         sentences.append(f"Of the smaller gaps, these come without a higher accuracy with hard spikes: {_join(bought)}.")
     unequal = [
-        f"{row['title']} ({row['comparisons'][0]['gradients_ratio']:.2g}x)"
+        f"{row['title']} ({row['comparisons'][0]['gradients_ratio']:.3g}x)"
         for row in methods.values()
         if row["comparisons"] and not _is_matched(row["comparisons"][0])
     ]
@@ -144,7 +144,7 @@ def _compare_further(methods):
         test = comparison["hard"]
         verdict = ("higher" if test["mean"] > 0 else "lower") if test["clear"] else "not clearly different"
         yield (
-            f"Against {methods[comparison['control']]['title']}, at {comparison['gradients_ratio']:.2g}x its gradients, the "
+            f"Against {methods[comparison['control']]['title']}, at {comparison['gradients_ratio']:.3g}x its gradients, the "
             f"accuracy of {row['title']} with hard spikes is {verdict}: {_pm(test, '{:+.1f}')} points, p = {test['p']:.2g}."
         )
 

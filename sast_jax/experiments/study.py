@@ -18,7 +18,7 @@ class Method(NamedTuple):
         changes: Config fields in which it differs from the baseline, by their dotted paths.
         reference: Authors, title, venue and year; and in what it differs from them.
         controls: Names of the methods it is compared with, seed by seed. The first is the *matched* one, of equal gradient
-            evaluations. A study leaves out those that it does not have.
+            evaluations, if there is one. A study leaves out those that it does not have.
         calibrates: Name of the method whose trained networks it calibrates; it is not trained itself. Empty: it is.
         epochs: Factor of the epochs of the baseline, whose product is rounded.
         grid: Fields that are selected on the validation part, each with its values, the preferred one of equals first; all

@@ -21,7 +21,7 @@ def hessian_extremes(
     smoothness constant at this point, and close to it.
 
     Args:
-        loss_fn: Twice differentiable function `(params, *data) -> loss`.
+        loss_fn: Twice differentiable function `(params, *data) -> loss`; on a GPU a network is, with `time_loop="scan"`.
         params: Weights, at least three.
         data: What else it takes.
         seed: Seed of the first vector.
