@@ -72,7 +72,7 @@ def lif_pallas(
 
 def are_fast() -> bool:
     """Whether the kernels are what is fastest here: on GPUs. On TPUs they have not been timed."""
-    device = jax.config.jax_default_device  # On a machine with a GPU it may be the CPU.
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # Beside a GPU it may be the CPU.
     platform = getattr(device, "platform", device) or jax.default_backend()
     return triton is not None and platform in ("gpu", "cuda")
 

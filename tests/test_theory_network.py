@@ -218,6 +218,17 @@ def test_bound_that_no_float_can_hold_is_infinite_and_reported_as_none():
     json.dumps([each._asdict() for each in statements], allow_nan=False)
 
 
+def test_curvature_is_measured_of_networks_that_run_in_kernels():
+    rng = np.random.default_rng(0)
+    recordings = Recordings(rng.integers(0, 2, (4, 3, 2, 2, 1)).astype(np.uint8), np.arange(4) % 3, np.arange(4).astype(str))
+    params = init(MLP, (2, 2, 1))
+    statements = evaluate_theory(
+        dataclasses.replace(MLP, time_loop="pallas"), params, recordings, rho=0.0, max_count=1, covered={}
+    )
+    (curvature,) = (each for each in statements if each.statement.startswith("curvature"))
+    assert 0 < curvature.measured < np.inf
+
+
 @pytest.mark.parametrize(
     ("reset", "readout"), [("zero", "leaky"), slow("zero", "rate"), ("subtract", "leaky"), slow("none", "leaky")]
 )
