@@ -218,6 +218,7 @@ def test_bound_that_no_float_can_hold_is_infinite_and_reported_as_none():
     json.dumps([each._asdict() for each in statements], allow_nan=False)
 
 
+@pytest.mark.slow
 def test_curvature_is_measured_of_networks_that_run_in_kernels():
     rng = np.random.default_rng(0)
     recordings = Recordings(rng.integers(0, 2, (4, 3, 2, 2, 1)).astype(np.uint8), np.arange(4) % 3, np.arange(4).astype(str))
