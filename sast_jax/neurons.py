@@ -177,11 +177,12 @@ def leaky_readout(current: jax.Array, decay: float | jax.Array = 0.0) -> jax.Arr
         1.75
     """
     _check_floating(current)
-    num_time_steps = len(current)
-    steps = jnp.arange(num_time_steps).reshape(-1, *[1] * (current.ndim - 1))
+    decay = jnp.asarray(decay, current.dtype)
+    decay = decay.reshape(*[1] * (current.ndim - 1 - decay.ndim), *decay.shape)
+    powers = jnp.cumprod(jnp.broadcast_to(decay, (len(current), *decay.shape)).at[0].set(1.0), axis=0)
     # A current counts in its own and all later potentials: in the last one once, in those before the more often.
-    weights = jnp.flip(jnp.cumsum(jnp.asarray(decay, current.dtype) ** steps, axis=0), axis=0) / num_time_steps
-    return jnp.sum(weights * current, axis=0)
+    weights = jnp.flip(jnp.cumsum(powers, axis=0), axis=0)
+    return jnp.sum(weights * current, axis=0) / len(current)
 
 
 def rate_readout(spikes: jax.Array) -> jax.Array:

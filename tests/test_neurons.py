@@ -177,6 +177,13 @@ def test_leaky_readout_is_the_mean_of_the_integrated_current():
     np.testing.assert_allclose(leaky_readout(current), current.mean(0), rtol=1e-5, atol=1e-6)
 
 
+def test_each_output_may_have_a_decay_of_its_own():
+    current = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
+    decays = np.array([0.0, 0.5, 1.0], np.float32)
+    alone = [leaky_readout(current[..., [k]], decay)[:, 0] for k, decay in enumerate(decays)]
+    np.testing.assert_allclose(leaky_readout(current, decays), np.stack(alone, -1), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
 def test_gradient_of_the_readout_in_its_decay_is_that_of_the_sum_over_steps(decay, float64):
     current = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 3)))
