@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sast_jax.convolution import Convolution, sum_windows
+from sast_jax.errors import UserError
 from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, rate_readout, spikes_and_remaining
 from sast_jax.pallas import are_fast, lif_pallas
 from sast_jax.spikes import Mode, SpikeFn, spike_fn
@@ -198,9 +199,9 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f"time_loop must be one of {', '.join(TIME_LOOPS)}; got {self.time_loop!r}")
         is_in_loop = self._order_here == "step_major" or self.time_chunk
         if self.precision == "bfloat16" and is_in_loop and jax.default_backend() == "gpu":
-            raise ValueError(
-                "precision bfloat16 gave wrong gradients on a GPU with order step_major (jax 0.11.2), and has not been checked "
-                "with time_chunk; take order auto and time_chunk 0, or float32"
+            raise UserError(
+                "network.precision: bfloat16 gave wrong gradients on a GPU with order step_major (jax 0.11.2), and has not been "
+                "checked there with network.time_chunk; take order auto and time_chunk 0, or float32"
             )
         self.synapses = self.make_synapses()
 

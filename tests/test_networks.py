@@ -7,6 +7,7 @@ from jax.test_util import check_grads
 
 from sast_jax import SpikingConvNet, SpikingMLP, sam, spike_fn
 from sast_jax.data import Batch
+from sast_jax.errors import UserError
 from sast_jax.networks import Calibration
 from sast_jax.training import init_state, make_train_step
 
@@ -259,7 +260,7 @@ def test_bfloat16_in_a_time_loop_is_refused_on_gpus(frames, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     init(SpikingConvNet(**CONV, precision="bfloat16", time_loop="scan"), frames)
     for choice in ({"order": "step_major"}, {"time_loop": "scan", "time_chunk": 2}):
-        with pytest.raises(ValueError, match="bfloat16 gave wrong gradients on a GPU"):
+        with pytest.raises(UserError, match="bfloat16 gave wrong gradients on a GPU"):
             init(SpikingConvNet(**CONV, precision="bfloat16", **choice), frames)
 
 
