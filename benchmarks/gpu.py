@@ -1,4 +1,4 @@
-"""What is timed elsewhere here on a CPU, on a GPU, in one command of a few minutes.
+"""What is timed elsewhere here on a CPU, on a GPU, in one command.
 
     python benchmarks/gpu.py
 
@@ -57,13 +57,12 @@ class Inference(Program):
         """Traces it."""
         frames = (np.random.default_rng(0).random((num_time_steps, batch_size, 34, 34, 2)) < 0.15).astype(np.uint8)
         params = jax.jit(network.init)(jax.random.key(0), frames[:, :1])["params"]
-        apply = jax.jit(lambda params, frames: (params, network.apply({"params": params}, frames, "hard").logits))
+        apply = jax.jit(lambda params, frames: network.apply({"params": params}, frames, "hard").logits)
         super().__init__(apply, params, (frames,))
 
     def run(self):
         """Takes one step."""
-        self._state, logits = self._step(self._state, *self._batches)
-        return logits
+        return self._step(self._state, *self._batches)
 
 
 def make_programs(network, features, *sizes):

@@ -69,7 +69,7 @@ class Program:
         memory = self._step.memory_analysis()  # Of each of the devices.
         num_devices = len(jax.tree.leaves(self._state)[0].sharding.device_set)
         self.num_bytes = num_devices * (memory.argument_size_in_bytes + memory.temp_size_in_bytes)
-        self.run()
+        jax.block_until_ready(self.run())  # Cores as devices have one program under way at a time.
         return self
 
     def run(self):
