@@ -1,15 +1,20 @@
 """A convolution and a pool whose values and gradients reach the compiler in the forms that it is fast at."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 MAX_CHANNELS, MAX_FEATURES, MIN_KERNEL_WIDTH = 8, 16, 3
 """Where pairs paid in trials of kernels 3 and 5 wide: with more features, or channels, a convolution is fast as it is."""
+
+MAX_BATCH_SIZE = 16
+"""Where pairs paid in the kernel's gradient, with as many features at most; with more XLA has a fast kernel for single pixels."""
 
 
 @jax.custom_vjp
@@ -23,7 +28,8 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
       contracted over, the output's cotangent as the kernel.
     - On a CPU convolutions of few channels and features take two neighbouring pixels of a row as one with twice the channels, and
       the kernel with them: up to twice as many products, of which the added ones are with zeros, in a form that is faster by more
-      than that. In memory such pairs are what single pixels are, so nothing is moved.
+      than that. In memory such pairs are what single pixels are, so nothing is moved. So do weight gradients of few samples and
+      features.
 
     Args:
         images: `[B, H, W, C]`.
@@ -55,11 +61,14 @@ def _forward(images, kernel):
 
 
 def _convolve_pairs(images, kernel):
+    output = _convolve(_in_pairs(images), *_kernel_of_pairs(kernel))
+    return output.reshape(*output.shape[:2], -1, kernel.shape[-1])[:, :, : images.shape[2]]
+
+
+def _in_pairs(images):
+    """Returns two neighbouring pixels as one; at an odd width the last one reaches over the border."""
     batch_size, height, width, channels = images.shape
-    num_pairs = -(-width // 2)  # At an odd width the last one reaches over the border.
-    pairs = jnp.pad(images, ((0, 0), (0, 0), (0, 2 * num_pairs - width), (0, 0)))
-    output = _convolve(pairs.reshape(batch_size, height, num_pairs, 2 * channels), *_kernel_of_pairs(kernel))
-    return output.reshape(batch_size, height, 2 * num_pairs, kernel.shape[-1])[:, :, :width]
+    return jnp.pad(images, ((0, 0), (0, 0), (0, width % 2), (0, 0))).reshape(batch_size, height, -1, 2 * channels)
 
 
 def _kernel_of_pairs(kernel):
@@ -91,12 +100,46 @@ def _bwd(residuals, cotangent):
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     images_cotangent = _convolve(cotangent, flipped, [(high, low) for low, high in padding])
 
+    if len(images) > MAX_BATCH_SIZE or kernel.shape[-1] > MAX_FEATURES or kernel.shape[1] < MIN_KERNEL_WIDTH:
+        return images_cotangent, _kernel_gradient(images, cotangent, kernel)
+    return images_cotangent, lax.platform_dependent(
+        images, cotangent, kernel, cpu=_kernel_gradient_of_pairs, default=_kernel_gradient
+    )
+
+
+def _kernel_gradient(images, cotangent, kernel):
+    return _correlate(images, cotangent, _same_padding(kernel))
+
+
+def _kernel_gradient_of_pairs(images, cotangent, kernel):
+    _, back, padding = jax.vjp(_kernel_of_pairs, kernel, has_aux=True)
+    return back(_correlate(_in_pairs(images), _in_pairs(cotangent), padding))[0]
+
+
+def _correlate(images, cotangent, padding):
     operands = images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
-    kernel_cotangent = _convolve(*lax.optimization_barrier(operands), padding)
-    return images_cotangent, kernel_cotangent.transpose(1, 2, 0, 3)
+    return _convolve(*lax.optimization_barrier(operands), padding).transpose(1, 2, 0, 3)
 
 
 convolution.defvjp(_fwd, _bwd)
+
+
+def rows(images: jax.Array) -> jax.Array:
+    """Returns `[..., W, C]` as `[..., W * C]`; on a CPU XLA's loops over few channels are several times slower than over rows."""
+    return images.reshape(*images.shape[:-2], -1)
+
+
+def _apart(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function as one that XLA on a CPU joins with nothing that comes after it.
+
+    What repeats a number, joined with element-wise work, would decide how its loops run and make them slow.
+    """
+
+    def apart(x):
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(function)(x)
+
+    return lambda x: lax.platform_dependent(x, cpu=apart, default=function)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -129,7 +172,7 @@ def _sum_windows_fwd(images, size):
 
 def _sum_windows_bwd(size, back, cotangent):
     del size
-    return back(cotangent)
+    return (_apart(lambda cotangent: back(cotangent)[0])(cotangent),)
 
 
 sum_windows.defvjp(_sum_windows_fwd, _sum_windows_bwd)
@@ -157,4 +200,6 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
-        return convolution(images, kernel) + bias
+        output = convolution(images, kernel)
+        repeat = _apart(lambda bias: jnp.tile(bias, output.shape[-2]))
+        return (rows(output) + repeat(bias)).reshape(output.shape)

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sast_jax.convolution import Convolution, sum_windows
+from sast_jax.convolution import Convolution, rows, sum_windows
 from sast_jax.errors import UserError
-from sast_jax.neurons import Reset, leaky_readout, lif, lif_init, rate_readout, spikes_and_remaining
+from sast_jax.neurons import Reset, lif, lif_init, readout_weights, spikes_and_remaining
 from sast_jax.pallas import are_fast, lif_pallas
 from sast_jax.spikes import Mode, SpikeFn, spike_fn
 
@@ -99,8 +99,8 @@ class SpikingNetwork(nn.Module):
             `auto`: `step_major` for convolutions on a CPU, else `layer_major`; see docs/results.md.
         unroll: Steps per iteration of the compiled time loop, or `None` for all of them (no loop is left). 0: one on a CPU,
             elsewhere all, at most 32. Kernels have no such loop.
-        precision: Of the products of weights with frames and spikes. In `bfloat16` they are half as large and, in large batches
-            on a GPU, faster; weights, potentials, spikes and logits stay in float32.
+        precision: Of the products of weights with frames and spikes, but for a leaky readout's. In `bfloat16` they are half as
+            large and, in large batches on a GPU, faster; weights, potentials, spikes and logits stay in float32.
         time_chunk: Steps after which the state of the neurons is kept for the backward pass; all between is computed again.
             Memory grows with T / time_chunk + time_chunk instead of T, for one more forward pass. 0: all is kept.
         time_loop: What takes the neurons of a layer through time: `scan`, the compiler's loop, or `pallas`, kernels for GPUs and
@@ -134,7 +134,10 @@ class SpikingNetwork(nn.Module):
         return len(self.layer_names) - (self.readout == "leaky")
 
     def make_synapses(self) -> list[nn.Module]:
-        """Returns the weights of each layer: a module from what `pool` returns, divided by `pool_area`, to current."""
+        """Returns the weights of each layer: a module from what `pool` returns, divided by `pool_area`, to current.
+
+        That of a leaky readout must be affine: it is applied to the sum over time.
+        """
         raise NotImplementedError
 
     def pool(self, index: int, x: jax.Array) -> jax.Array:
@@ -182,6 +185,11 @@ class SpikingNetwork(nn.Module):
         """What the synapses cast their operands to; `None`: they take them as they come."""
         return jnp.bfloat16 if self.precision == "bfloat16" else None
 
+    def dense(self, name: str, size: int) -> nn.Module:
+        """Returns the dense weights of a layer; a leaky readout's, whose input is a sum over time, stay in float32."""
+        is_sum = self.readout == "leaky" and name == self.layer_names[-1]
+        return nn.Dense(size, dtype=None if is_sum else self.product_dtype, kernel_init=self.kernel_init, name=name)
+
     @property
     def kernel_init(self) -> nn.initializers.Initializer:
         """Initializer of all weights but the biases, which start at 0."""
@@ -227,41 +235,61 @@ class SpikingNetwork(nn.Module):
         is_layer_major = self._order_here == "layer_major"
         run = type(self)._layer_major if is_layer_major else type(self)._step_major
         init = lif_init if is_layer_major else jnp.zeros_like
-        neurons = self.neurons(mode, calibration)
+        currents, output = self._shapes(frames)
+        neurons = [
+            neuron | {"threshold": _in_rows(neuron["threshold"], current)}
+            for neuron, current in zip(self.neurons(mode, calibration), currents, strict=True)
+        ]
         gains = None if calibration is None else calibration.gains
+        # Both readouts are sums over time, so that no output of a step need be kept.
+        decay = jnp.asarray(self.readout_decay if self.readout == "leaky" else 0.0, output.dtype)
+        weights = readout_weights(len(frames), decay)
 
-        def run_chunk(network, states, frames):
-            states, *rest = run(network, states, frames, neurons, gains)
-            return states, rest
+        def run_chunk(network, carry, inputs):
+            return run(network, *carry, *inputs, neurons, gains)
 
-        outputs, spikes, activity = self._in_chunks(run_chunk, tuple(map(init, self._shapes(frames))), frames)
-        logits = rate_readout(outputs) if self.readout == "rate" else leaky_readout(outputs, self.readout_decay)
+        states = tuple(init(jax.eval_shape(_rows_of, current)) for current in currents)
+        (_, total), (spikes, activity) = self._in_chunks(run_chunk, (states, jnp.zeros_like(output)), (frames, weights))
+        logits = total if self.readout == "rate" else self._leaky_readout(total, weights)
         return NetworkOutput(logits, spikes, jax.tree.map(jnp.mean, activity))
 
+    def _leaky_readout(self, total, weights):
+        """Mean over time of the readout's potentials, from the sum over time of what reaches its weights.
+
+        They are affine in that, so the weights are applied once, and the bias as often as there are steps in the potentials.
+        """
+        synapse = self.synapses[-1]
+        bias = synapse(jnp.zeros_like(total[:1]))
+        return (synapse(total / self.pool_area(self.num_spiking)) + (weights.sum() - 1) * bias) / len(weights)
+
+    def _to_readout(self, x):
+        """What is summed over time, from the spikes of the last layer."""
+        return x if self.readout == "rate" else self.pool(self.num_spiking, x)
+
     def _shapes(self, frames):
-        """Returns shape and dtype of the current of each layer of spiking neurons. A network of its own shows them."""
+        """Returns shape and dtype of what `_currents` does. A network of its own shows them."""
         network, key = self.clone(parent=None, name=None), jax.random.key(0)
         shapes, _ = jax.eval_shape(functools.partial(network.init_with_output, method="_currents"), key, frames[0])
         return shapes
 
     def _currents(self, x):
-        """Returns the current of each layer of spiking neurons where currents stand for spikes."""
+        """Returns the current of each layer of spiking neurons, and what reaches the readout, where currents stand for spikes."""
         currents = []
         for index in range(self.num_spiking):
             x = self.current(index, x)
             currents.append(x)
-        return currents
+        return currents, self._to_readout(x)
 
-    def _in_chunks(self, run_chunk, states, frames):
-        num_time_steps, chunk = len(frames), self.time_chunk
+    def _in_chunks(self, run_chunk, carry, inputs):
+        num_time_steps, chunk = len(inputs[0]), self.time_chunk
         if not chunk or chunk >= num_time_steps:
-            return run_chunk(self, states, frames)[1]
+            return run_chunk(self, carry, inputs)
         # What is left over of whole chunks stands before the loop.
         run_chunk, first = nn.remat(run_chunk, prevent_cse=False), (num_time_steps - 1) % chunk + 1
-        states, head = run_chunk(self, states, frames[:first])
+        carry, head = run_chunk(self, carry, jax.tree.map(lambda x: x[:first], inputs))
         scan = nn.scan(run_chunk, variable_broadcast="params", split_rngs={"params": False})
-        _, tail = scan(self, states, frames[first:].reshape(-1, chunk, *frames.shape[1:]))
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[2:])]), head, tail)
+        carry, tail = scan(self, carry, jax.tree.map(lambda x: x[first:].reshape(-1, chunk, *x.shape[1:]), inputs))
+        return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *b.shape[2:])]), head, tail)
 
     def neurons(self, mode: Mode | Sequence[Mode | SpikeFn], calibration: Calibration | None = None) -> list[dict[str, Any]]:
         """Returns the arguments of `lif_step` for each layer of spiking neurons; see `__call__`."""
@@ -279,40 +307,52 @@ class SpikingNetwork(nn.Module):
             for mode, threshold in zip(modes, thresholds, strict=True)
         ]
 
-    def _layer_major(self, states, frames, neurons, gains):
+    def _layer_major(self, states, total, frames, weights, neurons, gains):
         num_time_steps, batch_size = frames.shape[:2]
         run = functools.partial(lif_pallas if self._has_kernels else lif, unroll=self._unroll_here(num_time_steps))
-        new_states, spikes, x = [], [], frames
-        for index in range(len(self.synapses)):
-            current = self.current(index, x.reshape(-1, *x.shape[2:]))
-            x = current.reshape(num_time_steps, batch_size, *current.shape[1:])
-            if index < self.num_spiking:
-                x, state = run(x, initial_state=states[index], **neurons[index])
-                new_states.append(state)
-                spikes.append(x)
-                x = x if gains is None else gains[index] * x
-        return tuple(new_states), x, tuple(spikes), measure_activity(spikes)
+        new_states, spikes, x = [], [], frames.reshape(-1, *frames.shape[2:])
+        for index in range(self.num_spiking):
+            current = self.current(index, x)
+            steps = _rows_of(current).reshape(num_time_steps, *states[index].potential.shape)
+            x, state = run(steps, initial_state=states[index], **neurons[index])
+            new_states.append(state)
+            x = x.reshape(current.shape)
+            spikes.append(x.reshape(num_time_steps, batch_size, *x.shape[1:]))
+            x = x if gains is None else gains[index] * x
+        outputs = self._to_readout(x).reshape(num_time_steps, *total.shape)
+        total += jnp.sum(weights[:, None, None] * outputs, 0)
+        return (tuple(new_states), total), (tuple(spikes), measure_activity(spikes))
 
-    def _step_major(self, remaining, frames, neurons, gains):
-        def step(network, remaining, x):
+    def _step_major(self, remaining, total, frames, weights, neurons, gains):
+        def step(network, carry, inputs):
+            (remaining, total), (x, weight) = carry, inputs
             new_remaining, spikes, above = [], [], []
-            for index in range(len(network.synapses)):
-                x = network.current(index, x)
-                if index < network.num_spiking:
-                    potential = remaining[index] + x
-                    x, left = spikes_and_remaining(potential, **neurons[index])
-                    new_remaining.append(left)
-                    spikes.append(x)
-                    # In the words of hard spikes, so that where these are taken the compiler takes them once.
-                    above.append((potential - neurons[index]["threshold"] > 0).astype(x.dtype))
-                    x = x if gains is None else gains[index] * x
+            for index in range(network.num_spiking):
+                current = network.current(index, x)
+                potential = remaining[index] + _rows_of(current)
+                x, left = spikes_and_remaining(potential, **neurons[index])
+                new_remaining.append(left)
+                x = x.reshape(current.shape)
+                spikes.append(x)
+                # In the words of hard spikes, so that where these are taken the compiler takes them once.
+                above.append((potential - neurons[index]["threshold"] > 0).astype(x.dtype))
+                x = x if gains is None else gains[index] * x
             # Measured here, so that spikes which nothing else needs are not kept.
             activity = Activity(tuple(map(jnp.mean, spikes)), tuple(map(jnp.mean, above)))
-            return tuple(new_remaining), (x, tuple(spikes), activity)
+            return (tuple(new_remaining), total + weight * network._to_readout(x)), (tuple(spikes), activity)
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self._unroll_here(len(frames)))
-        remaining, (outputs, spikes, activity) = scan(self, remaining, frames)
-        return remaining, outputs, spikes, activity
+        return scan(self, (remaining, total), (frames, weights))
+
+
+def _rows_of(current):
+    """Returns the current of neurons with places, `[B, H, W, C]`, by rows, and that of others, `[B, N]`, as it is."""
+    return rows(current) if current.ndim > 2 else current
+
+
+def _in_rows(threshold, current):
+    """Returns the thresholds of channels as those of rows."""
+    return jnp.tile(threshold, current.shape[-2]) if jnp.ndim(threshold) and current.ndim > 2 else threshold
 
 
 class SpikingMLP(SpikingNetwork):
@@ -332,7 +372,7 @@ class SpikingMLP(SpikingNetwork):
     def make_synapses(self) -> list[nn.Module]:
         """Dense layers over all pixels or neurons of the layer before."""
         sizes = zip(self.layer_names, (*self.features, self.num_classes), strict=True)
-        return [nn.Dense(size, dtype=self.product_dtype, kernel_init=self.kernel_init, name=name) for name, size in sizes]
+        return [self.dense(name, size) for name, size in sizes]
 
     def pool(self, index: int, x: jax.Array) -> jax.Array:
         """No pooling: flattened."""
@@ -374,7 +414,7 @@ class SpikingConvNet(SpikingNetwork):
                 Convolution(features, self.kernel_size, self.kernel_init, self.product_dtype, name=name)
                 for name, features in zip(names, self.features, strict=True)
             ),
-            nn.Dense(self.num_classes, dtype=self.product_dtype, kernel_init=self.kernel_init, name=readout),
+            self.dense(readout, self.num_classes),
         ]
 
     def pool(self, index: int, x: jax.Array) -> jax.Array:

@@ -178,11 +178,24 @@ def leaky_readout(current: jax.Array, decay: float | jax.Array = 0.0) -> jax.Arr
     """
     _check_floating(current)
     decay = jnp.asarray(decay, current.dtype)
-    decay = decay.reshape(*[1] * (current.ndim - 1 - decay.ndim), *decay.shape)
-    powers = jnp.cumprod(jnp.broadcast_to(decay, (len(current), *decay.shape)).at[0].set(1.0), axis=0)
-    # A current counts in its own and all later potentials: in the last one once, in those before the more often.
-    weights = jnp.flip(jnp.cumsum(powers, axis=0), axis=0)
+    weights = readout_weights(len(current), decay.reshape(*[1] * (current.ndim - 1 - decay.ndim), *decay.shape))
     return jnp.sum(weights * current, axis=0) / len(current)
+
+
+def readout_weights(num_time_steps: int, decay: jax.Array) -> jax.Array:
+    r"""Returns how much of each step's current is in the sum of a leaky integrator's potentials.
+
+    .. math:: w_t = \sum_{k=0}^{T-1-t} \tau^k
+
+    Args:
+        num_time_steps: T.
+        decay: :math:`\tau`, of any shape.
+
+    Returns:
+        `[T, ...]`.
+    """
+    powers = jnp.cumprod(jnp.broadcast_to(decay, (num_time_steps, *decay.shape)).at[0].set(1.0), axis=0)
+    return jnp.flip(jnp.cumsum(powers, axis=0), axis=0)
 
 
 def rate_readout(spikes: jax.Array) -> jax.Array:

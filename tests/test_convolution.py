@@ -61,14 +61,34 @@ def test_sums_of_integers_are_exact():
     np.testing.assert_array_equal(convolution(images, kernel), by_hand(images, kernel))
 
 
-def test_only_cpus_take_pixels_in_pairs():
-    images, kernel, _ = draw(8, 20, 21, (5, 5), 2, 16, np.float32)
+def lowered(function, platform, *args):
+    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
-    def program(platform):
-        return jax.jit(convolution).trace(images, kernel).lower(lowering_platforms=(platform,)).as_text()
 
-    assert "tensor<8x20x11x32xf32>" in program("cpu")
-    assert "x32xf32" not in program("cuda") + program("tpu")
+def test_only_cpus_take_pixels_in_pairs_in_value_and_gradient():
+    images, kernel, cotangent = draw(8, 20, 21, (5, 5), 2, 16, np.float32)
+
+    def gradient(images, kernel, cotangent):
+        return jax.vjp(convolution, images, kernel)[1](cotangent)[1]
+
+    assert "tensor<8x20x11x32xf32>" in lowered(convolution, "cpu", images, kernel)
+    assert "tensor<20x11x8x32xf32>" in lowered(gradient, "cpu", images, kernel, cotangent)
+    for platform in ("cuda", "tpu"):
+        assert "x32xf32" not in lowered(convolution, platform, images, kernel)
+        assert "x32xf32" not in lowered(gradient, platform, images, kernel, cotangent)
+
+
+def test_only_on_cpus_the_compiler_is_kept_from_joining_operations():
+    images = draw(8, 20, 21, (5, 5), 2, 16, np.float32)[0]
+    layer = Convolution(4, 5)
+    params = layer.init(jax.random.key(0), images)
+
+    def gradient(params, images):
+        return jax.grad(lambda params: sum_windows(layer.apply(params, images), 2).sum())(params)
+
+    assert lowered(gradient, "cpu", params, images).count("inlineable") >= 2
+    for platform in ("cuda", "tpu"):
+        assert "inlineable" not in lowered(gradient, platform, params, images)
 
 
 def test_gradient_may_be_differentiated_again(float64):

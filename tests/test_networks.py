@@ -127,6 +127,25 @@ def test_each_layer_has_the_mode_threshold_and_gain_that_it_is_given(frames, flo
     np.testing.assert_allclose(outputs[0].logits, total / len(frames), rtol=1e-6)
 
 
+@pytest.mark.parametrize("order", ["layer_major", "step_major"])
+def test_thresholds_and_gains_of_channels_are_those_of_all_their_neurons(order, frames, float64):
+    frames = frames.astype(np.float64)
+    net = SpikingConvNet(**CONV, order=order, reset="subtract", init_gain=8.0)
+    params = init(net, frames)
+    of_channels = [(np.linspace(0.6, 1.4, features), np.linspace(0.5, 2.0, features)) for features in (4, 5)]
+    output = net.apply({"params": params}, frames, "hard", Calibration(*zip(*of_channels, strict=True)))
+    x = frames
+    for index, (thresholds, gains) in enumerate(of_channels):
+        current = np.stack([net.apply({"params": params}, index, step, method="current") for step in x])
+        potential, spikes = np.zeros_like(current[0]), [np.zeros_like(current[0])]
+        for now in current:
+            potential = net.decay * potential - thresholds * spikes[-1] + now
+            spikes.append((potential > thresholds).astype(np.float64))
+        np.testing.assert_array_equal(output.spikes[index], spikes[1:])
+        assert 0.01 < np.mean(spikes) < 0.9
+        x = gains * np.stack(spikes[1:])
+
+
 def test_calibration_of_nothing_changes_nothing(frames):
     net = SpikingConvNet(**CONV)
     params = init(net, frames)
@@ -232,7 +251,7 @@ def test_frames_may_be_of_any_dtype(frames):
 
 @pytest.mark.parametrize("order", ["layer_major", "step_major"])
 @pytest.mark.parametrize(("network", "sizes"), NETWORKS)
-def test_bfloat16_is_of_the_products_alone_and_its_gradient_close(network, sizes, order, frames):
+def test_bfloat16_is_of_all_products_but_the_readouts_and_its_gradient_close(network, sizes, order, frames):
     if order == "step_major" and jax.default_backend() == "gpu":
         pytest.skip("refused on GPUs")
     params = init(network(**sizes), frames)
@@ -248,7 +267,10 @@ def test_bfloat16_is_of_the_products_alone_and_its_gradient_close(network, sizes
         products = [
             line for line in str(jax.make_jaxpr(loss)(params)).splitlines() if "dot_general[" in line or "conv_general" in line
         ]
-        assert all(("bf16" in line) == (precision == "bfloat16") for line in products if ":" in line)
+        is_readout = [f",{net.num_classes}] = " in line for line in products]
+        assert len(set(is_readout)) == 2
+        for line, is_float32 in zip(products, is_readout, strict=True):
+            assert ("bf16" in line) == (precision == "bfloat16" and not is_float32)
         gradients[precision] = jax.grad(loss)(params)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradients))
     exact, rounded = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in gradients.values())
