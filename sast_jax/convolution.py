@@ -146,8 +146,8 @@ def _apart(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], 
 def sum_windows(images: jax.Array, size: int) -> jax.Array:
     """Sums over windows of some height and width that do not overlap; an incomplete one at the border is dropped.
 
-    Where there is no gradient to be taken, as a sum of strided images: on a CPU XLA joins that with what comes before it, in one
-    pass over memory, and a sum over axes not. Where there is one, such a sum would take longer there.
+    As a sum of strided images: on a CPU XLA joins that with what comes before it, in one pass over memory, and a sum over axes
+    not. The gradient repeats the cotangent, apart from what comes after it.
 
     Args:
         images: `[B, H, W, C]`, of a floating-point dtype.
@@ -167,7 +167,8 @@ def _windows(images, size):
 
 
 def _sum_windows_fwd(images, size):
-    return jax.vjp(lambda images: _windows(images, size).sum((2, 4)), images)
+    _, back = jax.vjp(lambda images: _windows(images, size).sum((2, 4)), images)
+    return sum_windows(images, size), back
 
 
 def _sum_windows_bwd(size, back, cotangent):
