@@ -320,7 +320,7 @@ class SpikingNetwork(nn.Module):
             spikes.append(x.reshape(num_time_steps, batch_size, *x.shape[1:]))
             x = x if gains is None else gains[index] * x
         outputs = self._to_readout(x).reshape(num_time_steps, *total.shape)
-        total += jnp.sum(weights[:, None, None] * outputs, 0)
+        total += jnp.tensordot(weights, outputs, 1)
         return (tuple(new_states), total), (tuple(spikes), measure_activity(spikes))
 
     def _step_major(self, remaining, total, frames, weights, neurons, gains):
