@@ -223,7 +223,8 @@ class SpikingNetwork(nn.Module):
 
         Args:
             frames: `[T, B, H, W, C]` event frames, of any dtype.
-            mode: `surrogate`, `hard` or `straight_through`; or for each layer of spiking neurons one of them or a spike function.
+            mode: `surrogate`, `hard` or `straight_through`; or for each layer of spiking neurons one of them or a spike function,
+                which is given a convolution's neurons by rows, `[B, H, W * C]`.
             calibration: Thresholds and gains of each layer; `None`: the network's threshold, gain 1.
 
         Returns:
@@ -256,7 +257,7 @@ class SpikingNetwork(nn.Module):
     def _leaky_readout(self, total, weights):
         """Mean over time of the readout's potentials, from the sum over time of what reaches its weights.
 
-        They are affine in that, so the weights are applied once, and the bias as often as there are steps in the potentials.
+        They are affine in that: (W sum_t w_t x_t + b sum_t w_t) / T, with the weights of `readout_weights`.
         """
         synapse = self.synapses[-1]
         bias = synapse(jnp.zeros_like(total[:1]))
