@@ -86,7 +86,7 @@ def make_programs(network, features, *sizes):
 def convolve_in_pairs(images, kernel):
     """What is done on a CPU."""
     few = kernel.shape[2] <= convolution.MAX_CHANNELS
-    return convolution._convolve_pairs(images, kernel) if few else convolution._convolve(images, kernel, "SAME")
+    return convolution._convolve_few(images, kernel) if few else convolution._convolve(images, kernel, "SAME")
 
 
 def measure(programs):

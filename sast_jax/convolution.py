@@ -16,6 +16,10 @@ MAX_CHANNELS, MAX_FEATURES, MIN_KERNEL_WIDTH = 8, 16, 3
 MAX_BATCH_SIZE = 16
 """Where pairs paid in the kernel's gradient, with as many features at most; with more XLA has a fast kernel for single pixels."""
 
+SLOW_WITH_FEW_FEATURES = jax.__version_info__ >= (0, 11)
+"""Whether the images' gradient, a convolution to their channels, takes pairs, too: these versions of XLA need more for each call
+of a kernel, and call one for each row."""
+
 
 @jax.custom_vjp
 def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -57,12 +61,34 @@ def _forward(images, kernel):
     _, width, channels, features = kernel.shape
     if channels > MAX_CHANNELS or features > MAX_FEATURES or width < MIN_KERNEL_WIDTH:
         return _convolve_same(images, kernel)
-    return lax.platform_dependent(images, kernel, cpu=_convolve_pairs, default=_convolve_same)
+    return lax.platform_dependent(images, kernel, cpu=_convolve_few, default=_convolve_same)
 
 
-def _convolve_pairs(images, kernel):
-    output = _convolve(_in_pairs(images), *_kernel_of_pairs(kernel))
+def _convolve_few(images, kernel):
+    return _convolve_pairs(images, kernel, _same_padding(kernel), _convolve_end_to_end)
+
+
+def _convolve_pairs(images, kernel, padding, convolve=_convolve):
+    output = convolve(_in_pairs(images), *_kernel_of_pairs(kernel, padding))
     return output.reshape(*output.shape[:2], -1, kernel.shape[-1])[:, :, : images.shape[2]]
+
+
+def _convolve_end_to_end(images, kernel, padding):
+    """`_convolve` with the rows of an image end to end: what is one row below is `width` pixels further."""
+    batch_size, _, width, _ = images.shape
+    num_rows, num_taps, _, features = kernel.shape
+    (above, below), sides = padding
+    images = jnp.pad(images, ((0, 0), (0, 0), sides, (0, 0)))
+    images = jnp.concatenate([images[:, :, tap : tap + width] for tap in range(num_taps)], -1)
+    output = lax.conv_general_dilated(
+        images.reshape(batch_size, 1, -1, images.shape[-1]),
+        kernel.reshape(1, num_rows, -1, features),
+        (1, 1),
+        [(0, 0), (above * width, below * width)],
+        rhs_dilation=(1, width),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return output.reshape(batch_size, -1, width, features)
 
 
 def _in_pairs(images):
@@ -71,14 +97,14 @@ def _in_pairs(images):
     return jnp.pad(images, ((0, 0), (0, 0), (0, width % 2), (0, 0))).reshape(batch_size, height, -1, 2 * channels)
 
 
-def _kernel_of_pairs(kernel):
+def _kernel_of_pairs(kernel, padding):
     """Returns the kernel between pairs of pixels, `[h, w', 2 C, 2 F]`, and its padding.
 
     Pixel `a` of an output pair is reached by tap `i` from pixel `a + i - low` of the input, counted from the pair's first one: so
     its weights stand in the new kernel, laid out pixel by pixel, `a - low` behind that pixel.
     """
     height, width, channels, features = kernel.shape
-    rows, (low, high) = _same_padding(kernel)
+    rows, (low, high) = padding
     before, after = -(-low // 2), (1 + high) // 2  # Pairs that are reached beside the one at the same place.
     num_pairs = before + 1 + after
 
@@ -96,10 +122,7 @@ def _fwd(images, kernel):
 
 def _bwd(residuals, cotangent):
     images, kernel = residuals
-    padding = _same_padding(kernel)
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    images_cotangent = _convolve(cotangent, flipped, [(high, low) for low, high in padding])
-
+    images_cotangent = _images_gradient(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     if len(images) > MAX_BATCH_SIZE or kernel.shape[-1] > MAX_FEATURES or kernel.shape[1] < MIN_KERNEL_WIDTH:
         return images_cotangent, _kernel_gradient(images, cotangent, kernel)
     return images_cotangent, lax.platform_dependent(
@@ -107,12 +130,20 @@ def _bwd(residuals, cotangent):
     )
 
 
+def _images_gradient(cotangent, flipped):
+    padding = [(high, low) for low, high in _same_padding(flipped)]
+    single, pairs = functools.partial(_convolve, padding=padding), functools.partial(_convolve_pairs, padding=padding)
+    if not SLOW_WITH_FEW_FEATURES or flipped.shape[-1] > MAX_FEATURES or flipped.shape[1] < MIN_KERNEL_WIDTH:
+        return single(cotangent, flipped)
+    return lax.platform_dependent(cotangent, flipped, cpu=pairs, default=single)
+
+
 def _kernel_gradient(images, cotangent, kernel):
     return _correlate(images, cotangent, _same_padding(kernel))
 
 
 def _kernel_gradient_of_pairs(images, cotangent, kernel):
-    _, back, padding = jax.vjp(_kernel_of_pairs, kernel, has_aux=True)
+    _, back, padding = jax.vjp(lambda kernel: _kernel_of_pairs(kernel, _same_padding(kernel)), kernel, has_aux=True)
     return back(_correlate(_in_pairs(images), _in_pairs(cotangent), padding))[0]
 
 

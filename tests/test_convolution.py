@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sast_jax import convolution as module
 from sast_jax.convolution import Convolution, convolution, sum_windows
 
 
@@ -35,11 +36,17 @@ SHAPES = {
     },
     "more channels": (3, 7, 6, (5, 5), 10, 4),
     "more features": (3, 7, 6, (5, 5), 2, 20),
+    "more of both, odd": (3, 6, 7, (4, 4), 10, 20),
 }
 
 
+@pytest.mark.parametrize("slow_with_few_features", [False, True], ids=["jax 0.10", "jax 0.11"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_convolution_agrees_with_its_definition_in_value_and_with_lax_in_gradient(shape, float64):
+def test_convolution_agrees_with_its_definition_in_value_and_with_lax_in_gradient(
+    shape, slow_with_few_features, monkeypatch, float64
+):
+    monkeypatch.setattr(module, "SLOW_WITH_FEW_FEATURES", slow_with_few_features)
+    jax.clear_caches()  # Else what was traced before counts.
     images, kernel, cotangent = draw(*shape)
     value, gradient = jax.vjp(jax.jit(convolution), images, kernel)
     np.testing.assert_allclose(value, by_hand(images, kernel), atol=1e-10)
@@ -71,10 +78,23 @@ def test_only_cpus_take_pixels_in_pairs_in_value_and_gradient():
     def gradient(images, kernel, cotangent):
         return jax.vjp(convolution, images, kernel)[1](cotangent)[1]
 
-    assert "tensor<8x20x11x32xf32>" in lowered(convolution, "cpu", images, kernel)
+    assert "tensor<8x1x220x32xf32>" in lowered(convolution, "cpu", images, kernel)
     assert "tensor<20x11x8x32xf32>" in lowered(gradient, "cpu", images, kernel, cotangent)
     for platform in ("cuda", "tpu"):
         assert "x32xf32" not in lowered(convolution, platform, images, kernel)
+        assert "x32xf32" not in lowered(gradient, platform, images, kernel, cotangent)
+
+
+@pytest.mark.parametrize("slow_with_few_features", [False, True], ids=["jax 0.10", "jax 0.11"])
+def test_pairs_in_the_gradient_of_the_images_where_few_features_are_slow(slow_with_few_features, monkeypatch):
+    monkeypatch.setattr(module, "SLOW_WITH_FEW_FEATURES", slow_with_few_features)
+    images, kernel, cotangent = draw(8, 20, 21, (5, 5), 16, 24, np.float32)
+
+    def gradient(images, kernel, cotangent):
+        return jax.vjp(convolution, images, kernel)[1](cotangent)[0]
+
+    assert ("tensor<8x20x11x32xf32>" in lowered(gradient, "cpu", images, kernel, cotangent)) == slow_with_few_features
+    for platform in ("cuda", "tpu"):
         assert "x32xf32" not in lowered(gradient, platform, images, kernel, cotangent)
 
 
