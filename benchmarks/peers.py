@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -244,8 +245,8 @@ def device_name():
     """Of the GPU, or the processor."""
     if ON_GPU:
         return subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True).splitlines()[0]
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if "model name" in line), "")
+    facts = dict(re.findall(r"^([\w ]+?)\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M))
+    return f"{facts.get('model name', '')} (family {facts.get('cpu family')}, model {facts.get('model')})"
 
 
 def main():
