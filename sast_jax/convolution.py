@@ -17,8 +17,7 @@ MAX_BATCH_SIZE = 16
 """Where pairs paid in the kernel's gradient, with as many features at most; with more XLA has a fast kernel for single pixels."""
 
 SLOW_WITH_FEW_FEATURES = jax.__version_info__ >= (0, 11)
-"""Whether the images' gradient, a convolution to their channels, takes pairs, too: these versions of XLA need more for each call
-of a kernel, and call one for each row."""
+"""Whether pairs pay in the images' gradient: in these versions of XLA a call of a kernel takes longer, and there is one a row."""
 
 
 @jax.custom_vjp
@@ -32,8 +31,9 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
       contracted over, the output's cotangent as the kernel.
     - On a CPU convolutions of few channels and features take two neighbouring pixels of a row as one with twice the channels, and
       the kernel with them: up to twice as many products, of which the added ones are with zeros, in a form that is faster by more
-      than that. In memory such pairs are what single pixels are, so nothing is moved. So do weight gradients of few samples and
-      features.
+      than that. In memory such pairs are what single pixels are. All that a kernel's width reaches are then the channels of one
+      pixel, and all rows of an image one, as XLA calls its fast kernel for each row.
+    - Pairs, too, take weight gradients of few samples and features and, where `SLOW_WITH_FEW_FEATURES`, image gradients.
 
     Args:
         images: `[B, H, W, C]`.
