@@ -16,8 +16,8 @@ MAX_CHANNELS, MAX_FEATURES, MIN_KERNEL_WIDTH = 8, 16, 3
 MAX_BATCH_SIZE = 16
 """Where pairs paid in the kernel's gradient, with as many features at most; with more XLA has a fast kernel for single pixels."""
 
-SLOW_WITH_FEW_FEATURES = jax.__version_info__ >= (0, 11)
-"""Whether pairs pay in the images' gradient: in these versions of XLA a call of a kernel takes longer, and there is one a row."""
+SLOW_CALLS = jax.__version_info__ >= (0, 11)
+"""Whether this version of XLA takes longer for a call of its fast kernel, of which there is one a row."""
 
 
 @jax.custom_vjp
@@ -33,7 +33,8 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
       the kernel with them: up to twice as many products, of which the added ones are with zeros, in a form that is faster by more
       than that. In memory such pairs are what single pixels are. All that a kernel's width reaches are then the channels of one
       pixel, and all rows of an image one, as XLA calls its fast kernel for each row.
-    - Pairs, too, take weight gradients of few samples and features and, where `SLOW_WITH_FEW_FEATURES`, image gradients.
+    - Weight gradients of few samples and features take pairs, too. Where `SLOW_CALLS`, these reach over a kernel's width as well,
+      and image gradients take pairs.
 
     Args:
         images: `[B, H, W, C]`.
@@ -76,10 +77,9 @@ def _convolve_pairs(images, kernel, padding, convolve=_convolve):
 def _convolve_end_to_end(images, kernel, padding):
     """`_convolve` with the rows of an image end to end: what is one row below is `width` pixels further."""
     batch_size, _, width, _ = images.shape
-    num_rows, num_taps, _, features = kernel.shape
+    num_rows, _, _, features = kernel.shape
     (above, below), sides = padding
-    images = jnp.pad(images, ((0, 0), (0, 0), sides, (0, 0)))
-    images = jnp.concatenate([images[:, :, tap : tap + width] for tap in range(num_taps)], -1)
+    images = _within_reach(images, sides)
     output = lax.conv_general_dilated(
         images.reshape(batch_size, 1, -1, images.shape[-1]),
         kernel.reshape(1, num_rows, -1, features),
@@ -89,6 +89,13 @@ def _convolve_end_to_end(images, kernel, padding):
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     return output.reshape(batch_size, -1, width, features)
+
+
+def _within_reach(images, sides):
+    """Returns what each pixel has so far to its left and right as its channels, from left to right."""
+    width = images.shape[2]
+    images = jnp.pad(images, ((0, 0), (0, 0), sides, (0, 0)))
+    return jnp.concatenate([images[:, :, tap : tap + width] for tap in range(sum(sides) + 1)], -1)
 
 
 def _in_pairs(images):
@@ -133,7 +140,7 @@ def _bwd(residuals, cotangent):
 def _images_gradient(cotangent, flipped):
     padding = [(high, low) for low, high in _same_padding(flipped)]
     single, pairs = functools.partial(_convolve, padding=padding), functools.partial(_convolve_pairs, padding=padding)
-    if not SLOW_WITH_FEW_FEATURES or flipped.shape[-1] > MAX_FEATURES or flipped.shape[1] < MIN_KERNEL_WIDTH:
+    if not SLOW_CALLS or flipped.shape[-1] > MAX_FEATURES or flipped.shape[1] < MIN_KERNEL_WIDTH:
         return single(cotangent, flipped)
     return lax.platform_dependent(cotangent, flipped, cpu=pairs, default=single)
 
@@ -144,7 +151,18 @@ def _kernel_gradient(images, cotangent, kernel):
 
 def _kernel_gradient_of_pairs(images, cotangent, kernel):
     _, back, padding = jax.vjp(lambda kernel: _kernel_of_pairs(kernel, _same_padding(kernel)), kernel, has_aux=True)
-    return back(_correlate(_in_pairs(images), _in_pairs(cotangent), padding))[0]
+    correlate = _correlate_rows if SLOW_CALLS else _correlate
+    return back(correlate(_in_pairs(images), _in_pairs(cotangent), padding))[0]
+
+
+def _correlate_rows(images, cotangent, padding):
+    """`_correlate`, where a row of all samples is contracted at once."""
+    rows, sides = padding
+    channels, features, height = images.shape[-1], cotangent.shape[-1], len(images[0])
+    operands = [x.transpose(1, 2, 0, 3).reshape(1, height, -1, x.shape[-1]) for x in (_within_reach(images, sides), cotangent)]
+    images, cotangent = lax.optimization_barrier((operands[0].transpose(3, 0, 1, 2), operands[1]))
+    kernel = _convolve(images, cotangent, [(0, 0), rows])
+    return kernel.reshape(sum(sides) + 1, channels, -1, features).transpose(2, 0, 1, 3)
 
 
 def _correlate(images, cotangent, padding):
