@@ -33,8 +33,8 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
       the kernel with them: up to twice as many products, of which the added ones are with zeros, in a form that is faster by more
       than that. In memory such pairs are what single pixels are. All that a kernel's width reaches are then the channels of one
       pixel, and all rows of an image one, as XLA calls its fast kernel for each row.
-    - Weight gradients of few samples and features take pairs, too. Where `SLOW_CALLS`, these reach over a kernel's width as well,
-      and image gradients take pairs.
+    - Weight gradients of few samples and features take pairs, too, and image gradients of few channels and features. Where
+      `SLOW_CALLS`, those reach over a kernel's width as well, and these do so with any number of features.
 
     Args:
         images: `[B, H, W, C]`.
@@ -140,7 +140,8 @@ def _bwd(residuals, cotangent):
 def _images_gradient(cotangent, flipped):
     padding = [(high, low) for low, high in _same_padding(flipped)]
     single, pairs = functools.partial(_convolve, padding=padding), functools.partial(_convolve_pairs, padding=padding)
-    if not SLOW_CALLS or flipped.shape[-1] > MAX_FEATURES or flipped.shape[1] < MIN_KERNEL_WIDTH:
+    _, width, features, channels = flipped.shape
+    if channels > MAX_FEATURES or width < MIN_KERNEL_WIDTH or (features > MAX_FEATURES and not SLOW_CALLS):
         return single(cotangent, flipped)
     return lax.platform_dependent(cotangent, flipped, cpu=pairs, default=single)
 
@@ -196,7 +197,8 @@ def sum_windows(images: jax.Array, size: int) -> jax.Array:
     """Sums over windows of some height and width that do not overlap; an incomplete one at the border is dropped.
 
     As a sum of strided images: on a CPU XLA joins that with what comes before it, in one pass over memory, and a sum over axes
-    not. The gradient repeats the cotangent, apart from what comes after it.
+    not. With a gradient it is kept apart from what comes after it, which else repeats all that came before: both the next layer
+    and the copy for its weights' gradient need it. The gradient repeats the cotangent, apart from what comes after it.
 
     Args:
         images: `[B, H, W, C]`, of a floating-point dtype.
@@ -205,6 +207,10 @@ def sum_windows(images: jax.Array, size: int) -> jax.Array:
     Returns:
         `[B, H // k, W // k, C]`.
     """
+    return _sum_windows(images, size)
+
+
+def _sum_windows(images, size):
     windows = _windows(images, size)
     return functools.reduce(jnp.add, [windows[:, :, row, :, column] for row in range(size) for column in range(size)])
 
@@ -217,7 +223,7 @@ def _windows(images, size):
 
 def _sum_windows_fwd(images, size):
     _, back = jax.vjp(lambda images: _windows(images, size).sum((2, 4)), images)
-    return sum_windows(images, size), back
+    return _apart(functools.partial(_sum_windows, size=size))(images), back
 
 
 def _sum_windows_bwd(size, back, cotangent):
