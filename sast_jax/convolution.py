@@ -197,8 +197,8 @@ def sum_windows(images: jax.Array, size: int) -> jax.Array:
     """Sums over windows of some height and width that do not overlap; an incomplete one at the border is dropped.
 
     As a sum of strided images: on a CPU XLA joins that with what comes before it, in one pass over memory, and a sum over axes
-    not. With a gradient it is kept apart from what comes after it, which else repeats all that came before: both the next layer
-    and the copy for its weights' gradient need it. The gradient repeats the cotangent, apart from what comes after it.
+    not. With a gradient it is kept apart from what comes after it: else XLA sums twice, for the next layer and for the copy that
+    the gradient of its weights needs. The gradient repeats the cotangent, apart from what comes after it.
 
     Args:
         images: `[B, H, W, C]`, of a floating-point dtype.
