@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -88,6 +89,27 @@ def settle(values: Any, mesh: Mesh | None) -> Any:
 def share_threads(mesh: Mesh | None) -> bool:
     """Whether the devices are several parts of a CPU; see `settle`."""
     return mesh is not None and mesh.size > 1 and bool(mesh.devices.flat[0].platform == "cpu")
+
+
+def to_pool(x: jax.Array) -> jax.Array:
+    """Returns an array as it is, but where a CPU is several devices only once their program goes on in XLA's pool of threads.
+
+    The program of each device starts on a thread of its own. As long as it waits for nothing, it stays there, and the threads of
+    the pool, woken for a part of each operation, take the cores from it. A copy of more than 1 MiB is made in two halves, the
+    second one by the pool, and the thread that is done last goes on with the program. Such a copy is made where two variables of
+    a loop start from the same array.
+    """
+    if jax.default_backend() != "cpu" or jax.local_device_count() == 1:
+        return x
+
+    def body(carry):
+        step, *copies = carry
+        return step + 1, *(copy.at[0].set(0 * step.astype(copy.dtype)) for copy in copies)
+
+    zeros = jnp.zeros(2**20 + 2**10, jnp.uint8)
+    num_steps = jax.lax.optimization_barrier(jnp.int32(1))  # A loop of one step that the compiler knew of would not be left.
+    _, *copies = jax.lax.while_loop(lambda carry: carry[0] < num_steps, body, (jnp.int32(0), zeros, zeros))
+    return x - (copies[0][0] + copies[1][0]).astype(x.dtype)
 
 
 def memory_bytes() -> int | None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sast_jax.convolution import Convolution, rows, sum_windows
+from sast_jax.devices import to_pool
 from sast_jax.errors import UserError
 from sast_jax.neurons import Reset, lif, lif_init, readout_weights, spikes_and_remaining
 from sast_jax.pallas import are_fast, lif_pallas
@@ -26,6 +27,10 @@ TIME_LOOPS: tuple[TimeLoop, ...] = ("auto", "scan", "pallas")
 
 MAX_UNROLL = 32
 """Most steps that are unrolled of themselves, where it is not a CPU; the more, the longer it takes to compile."""
+
+
+MIN_SIZE_IN_POOL = 2**17
+"""Potentials from which on a loop over time should run in XLA's pool of threads: to go there takes about 0.1 ms."""
 
 
 class Activity(NamedTuple):
@@ -324,15 +329,21 @@ class SpikingNetwork(nn.Module):
         total += jnp.tensordot(weights, outputs, 1)
         return (tuple(new_states), total), (tuple(spikes), measure_activity(spikes))
 
-    def _step_major(self, remaining, total, frames, weights, neurons, gains):
+    def _step_major(self, states, total, frames, weights, neurons, gains):
+        # But for a gradient both a potential and what remains of it would be kept, and hard neurons alone have none.
+        is_hard = [neuron["spike_fn"] is spike_fn("hard") for neuron in neurons]
+
         def step(network, carry, inputs):
-            (remaining, total), (x, weight) = carry, inputs
-            new_remaining, spikes, above = [], [], []
+            (states, total), (x, weight) = carry, inputs
+            new_states, spikes, above = [], [], []
             for index in range(network.num_spiking):
+                # Potentials can be written over those of the step before. What remains of them cannot, as long as spikes are to
+                # be computed, and is copied.
+                remaining = spikes_and_remaining(states[index], **neurons[index])[1] if is_hard[index] else states[index]
                 current = network.current(index, x)
-                potential = remaining[index] + _rows_of(current)
-                x, left = spikes_and_remaining(potential, **neurons[index])
-                new_remaining.append(left)
+                potential = remaining + _rows_of(current)
+                x, remaining = spikes_and_remaining(potential, **neurons[index])
+                new_states.append(potential if is_hard[index] else remaining)
                 x = x.reshape(current.shape)
                 spikes.append(x)
                 # In the words of hard spikes, so that where these are taken the compiler takes them once.
@@ -340,10 +351,12 @@ class SpikingNetwork(nn.Module):
                 x = x if gains is None else gains[index] * x
             # Measured here, so that spikes which nothing else needs are not kept.
             activity = Activity(tuple(map(jnp.mean, spikes)), tuple(map(jnp.mean, above)))
-            return (tuple(new_remaining), total + weight * network._to_readout(x)), (tuple(spikes), activity)
+            return (tuple(new_states), total + weight * network._to_readout(x)), (tuple(spikes), activity)
 
+        if sum(state.size for state in states) >= MIN_SIZE_IN_POOL:
+            weights = to_pool(weights)
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self._unroll_here(len(frames)))
-        return scan(self, (remaining, total), (frames, weights))
+        return scan(self, (states, total), (frames, weights))
 
 
 def _rows_of(current):

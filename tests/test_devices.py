@@ -132,6 +132,32 @@ def test_step_evaluation_and_batches_on_four_devices_equal_those_on_one_and_each
     assert python(STEPS) == "done\n"
 
 
+POOL = """
+import jax, jax.numpy as jnp
+from sast_jax import SpikingConvNet
+from sast_jax.devices import to_pool
+
+x = jnp.array([-0.0, 1e-30, 1.5])
+compiled = jax.jit(to_pool).lower(x).compile()
+assert (to_pool(x).view(jnp.int32) == x.view(jnp.int32)).all() and (compiled(x).view(jnp.int32) == x.view(jnp.int32)).all()
+assert jax.grad(lambda x: to_pool(x).sum())(x).tolist() == [1, 1, 1]
+copies = [compiled.as_text().count("u8[1049600]{0} copy(")]
+for size in (8, 32):  # 32 * 32 * 4 * 32 neurons.
+    frames, network = jnp.ones((2, 32, size, size, 2)), SpikingConvNet(3, features=(4,))
+    params = network.init(jax.random.key(0), frames)
+    apply = jax.jit(lambda params, frames: network.apply(params, frames, "hard").logits)
+    copies.append(apply.lower(params, frames).compile().as_text().count("u8[1049600]{0} copy("))
+print(len(jax.devices()), copies)
+"""
+
+
+@pytest.mark.usefixtures("four_devices")
+def test_large_networks_go_on_in_the_pool_of_threads_where_a_cpu_is_several_devices(monkeypatch):
+    assert python(POOL) == "4 [1, 0, 1]\n"
+    monkeypatch.delenv("XLA_FLAGS")
+    assert python(POOL) == "1 [0, 0, 0]\n"
+
+
 RUNS = """
 import sys, warnings
 from pathlib import Path

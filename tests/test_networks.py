@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,18 @@ def test_every_mode_runs_on_the_same_weights(network, sizes, frames):
     assert all(((s > 0) & (s < 1)).all() for s in outputs["surrogate"].spikes)
     np.testing.assert_array_equal(outputs["hard"].logits, outputs["straight_through"].logits)
     assert np.abs(outputs["hard"].logits - outputs["surrogate"].logits).max() > 1e-3
+
+
+def test_potentials_of_hard_neurons_are_written_over_those_of_the_step_before_and_nothing_is_copied(frames):
+    net = SpikingConvNet(**CONV, order="step_major")
+    params = init(net, frames)
+    batch_size, height, width = frames.shape[1:4]
+
+    def copies(mode):
+        compiled = jax.jit(lambda params: net.apply({"params": params}, frames, mode).logits).lower(params).compile().as_text()
+        return re.findall(rf"f32\[{batch_size},(?:{height},{4 * width}|{height // 2},{5 * (width // 2)})\]\S* copy\(", compiled)
+
+    assert (copies("hard"), len(copies("surrogate"))) == ([], 2)
 
 
 def test_weights_are_a_plain_tree_with_stated_names(frames):
