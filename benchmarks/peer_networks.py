@@ -68,6 +68,7 @@ WORKLOADS = {
     "conv 34x34x2 - 16 - 32, T 50, batch 16": Workload(34, (16, 32), KERNEL, 50, 16),
     "conv 64x64x2 - 16 - 32, T 25, batch 16": Workload(64, (16, 32), KERNEL, 25, 16),
     "dense 2312 - 512 - 10, T 25, batch 128": Workload(34, (512,), 0, 25, 128),
+    "conv 34x34x2 - 12 - 32, T 10, batch 32": Workload(34, (12, 32), KERNEL, 10, 32),  # The default network.
 }
 if ON_GPU:  # Which those leave all but idle.
     WORKLOADS["conv 34x34x2 - 16 - 32, T 10, batch 512"] = Workload(34, (16, 32), KERNEL, 10, 512)

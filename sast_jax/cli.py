@@ -168,10 +168,12 @@ def _sweep(args, overrides):
 
 
 def _evaluate(args, overrides):
+    from sast_jax.devices import split_cpu
     from sast_jax.evaluation.suites import EVALUATION, evaluate_run, parse_suites, summarize
     from sast_jax.training.run import run_members
 
     suites = parse_suites(args.suite)
+    split_cpu()
     results: dict[str, Any] = {}
     for name in run_members(args.workdir) or [""]:
         workdir = args.workdir / name

@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from sast_jax import load_run
+from sast_jax import SpikingConvNet, SpikingMLP, load_run
 from sast_jax.cli import main
 from sast_jax.devices import connect_hosts, is_split, make_mesh
 from sast_jax.errors import UserError
+from sast_jax.evaluation.outputs import sharing_devices
+from sast_jax.evaluation.suites import evaluate_run
 from sast_jax.training import read_metrics, train_and_evaluate
 from sast_jax.training.loop import _mesh_of_samples
 from tests.conftest import TINY
@@ -158,6 +160,12 @@ def test_large_networks_go_on_in_the_pool_of_threads_where_a_cpu_is_several_devi
     assert python(POOL) == "1 [0, 0, 0]\n"
 
 
+def numbers(tree):
+    """The numbers of a tree; but for times and the best temperature, which rounding decides where all decisions are right."""
+    leaves = [(str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if isinstance(leaf, int | float)]
+    return {path: leaf for path, leaf in leaves if not any(key in path for key in ("seconds", "temperature", "scaled_loss"))}
+
+
 RUNS = """
 import sys, warnings
 from pathlib import Path
@@ -238,16 +246,21 @@ def test_cores_share_the_samples_of_a_run_where_that_changes_nothing_but_its_spe
 
 TRAIN = """
 import os, sys
+import jax
 os.sched_getaffinity = lambda process: {0, 1}
 from sast_jax.cli import main
 
 folder, *overrides = sys.argv[1:]
 for kind in ("conv", "mlp"):
     main(["train", "--config=configs/nmnist.py:sast", f"--workdir={folder}/{kind}", *overrides, f"--config.network.kind={kind}"])
+main(["evaluate", f"--workdir={folder}/conv", "--suite=transfer,calibration"])
+assert len(jax.devices()) == 2
 """
 
 
-def test_command_trains_convolutions_on_a_device_per_core_and_dense_layers_on_one(tiny, small_nmnist, tmp_path):
+def test_commands_train_and_evaluate_convolutions_on_a_device_per_core_and_train_dense_layers_on_one(
+    tiny, small_nmnist, tmp_path
+):
     overrides = [f"--config.{each}" for each in (*TINY, f"dataset.root={small_nmnist}", "batch_size=8")]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-c", TRAIN, str(tmp_path), *overrides]
@@ -256,6 +269,21 @@ def test_command_trains_convolutions_on_a_device_per_core_and_dense_layers_on_on
     assert [load_run(tmp_path / kind).results["num_devices"] for kind in ("conv", "mlp")] == [2, 1]
     assert train_and_evaluate(tiny("sast", "network.kind=conv", "batch_size=8"), tmp_path / "one")["num_devices"] == 1
     assert_runs_equal(tmp_path / "conv", tmp_path / "one")
+
+    on_two = json.loads((tmp_path / "conv" / "evaluation.json").read_text())
+    on_one = evaluate_run(tmp_path / "conv", ["transfer", "calibration"])
+    for suite in on_one:
+        a, b = numbers(on_one[suite]), numbers(on_two[suite])
+        assert a.keys() == b.keys()
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def test_samples_of_an_evaluation_are_shared_by_all_devices_but_those_of_dense_layers_not_by_the_cores_of_a_cpu(monkeypatch):
+    monkeypatch.setattr("sast_jax.evaluation.outputs.make_mesh", lambda num_parts: num_parts)
+    networks = SpikingConvNet(3), SpikingMLP(3)
+    assert [sharing_devices(network, 8) for network in networks] == [8, 8]
+    monkeypatch.setattr("sast_jax.evaluation.outputs.is_split", lambda: True)
+    assert [sharing_devices(network, 8) for network in networks] == [8, None]
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ def init(network, samples):
 
 
 def test_batches_do_not_change_what_recordings_give(samples):
-    logits = [map_recordings(lambda frames: frames.sum((0, 2, 3, 4)), samples, batch_size=size) for size in (1, 2, 3, 7, 100)]
+    sizes = (1, 2, 3, 7, 100)
+    logits = [map_recordings(None, lambda frames: frames.sum((0, 2, 3, 4)), samples, batch_size=size) for size in sizes]
     for each in logits:
         np.testing.assert_array_equal(each, samples.frames.sum((1, 2, 3, 4)))
 

@@ -166,7 +166,7 @@ def _channel_means(network, params, frames, mode, settings):
 
 def channel_means(network, params, recordings, mode, settings=None) -> list[np.ndarray]:
     """Returns the mean output `[C]` of each channel of each layer over steps, neurons and recordings."""
-    means = map_recordings(lambda frames: _channel_means(network, params, frames, mode, settings), recordings)
+    means = map_recordings(network, lambda frames: _channel_means(network, params, frames, mode, settings), recordings)
     return [each.mean(0, dtype=np.float64) for each in means]
 
 

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from sast_jax.data import Recordings, evaluation_batches
+from sast_jax.data import BATCH_SPECS, Recordings, evaluation_batches
+from sast_jax.devices import is_split, make_mesh, place
 from sast_jax.networks import Calibration, NetworkOutput, SpikingNetwork
 from sast_jax.neurons import LIFState, lif_init, lif_step
 from sast_jax.spikes import Mode, spike_fn
@@ -18,19 +20,35 @@ BATCH_SIZE = 100
 """Recordings per call; changes memory and speed, not the result."""
 
 
-def map_recordings(function: Callable[[np.ndarray], Any], recordings: Recordings, batch_size: int = BATCH_SIZE) -> Any:
+def sharing_devices(network: SpikingNetwork, num_parts: int) -> Mesh | None:
+    """Returns the devices that share the samples of a call, `None` for one; see `make_mesh`.
+
+    The cores of a CPU are left to one device where its products are few and large, as in training.
+    """
+    return None if is_split() and network.order_on_cpu == "layer_major" else make_mesh(num_parts)
+
+
+def map_recordings(
+    network: SpikingNetwork, function: Callable[[jax.Array], Any], recordings: Recordings, batch_size: int = BATCH_SIZE
+) -> Any:
     """Returns what a function makes of all recordings, taken in batches of equal size.
 
     Args:
-        function: From frames `[T, B, H, W, 2]` to a tree of arrays `[B, ...]`.
+        network: The network that the function applies.
+        function: From frames `[T, B, H, W, 2]` to a tree of arrays `[B, ...]`; jitted. The cores of a CPU share the samples.
         recordings: N samples, at least one.
         batch_size: Samples per call.
 
     Returns:
         The tree with NumPy arrays `[N, ...]`.
     """
-    batches = evaluation_batches(recordings, min(batch_size, len(recordings.labels)))
-    parts = [jax.tree.map(lambda a, mask=batch.mask: np.asarray(a)[mask], function(batch.frames)) for batch in batches]
+    batch_size = min(batch_size, len(recordings.labels))
+    mesh = sharing_devices(network, batch_size) if is_split() else None  # Kernels for GPUs cannot be shared from outside.
+
+    def values(batch):
+        return jax.tree.map(lambda a: np.asarray(a)[batch.mask], function(place(batch.frames, mesh, BATCH_SPECS.frames)))
+
+    parts = [values(batch) for batch in evaluation_batches(recordings, batch_size)]
     return jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
 
@@ -59,7 +77,7 @@ def predict_logits(
     calibration: Calibration | None = None,
 ) -> np.ndarray:
     """Returns the logits `[N, K]` of N recordings; the arguments are those of the network."""
-    return map_recordings(lambda frames: _logits(network, params, frames, mode, calibration), recordings)
+    return map_recordings(network, lambda frames: _logits(network, params, frames, mode, calibration), recordings)
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

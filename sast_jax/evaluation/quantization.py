@@ -238,7 +238,7 @@ def _problem(layer, reset, largest_input, num_time_steps, is_spiking):
 
 def potential_ranges(network: SpikingNetwork, params: Any, recordings: Recordings) -> list[np.ndarray]:
     """Returns the largest absolute potential of each channel `[F]` of each layer, in hard mode, over recordings."""
-    maxima = map_recordings(lambda frames: _maxima(network, params, frames), recordings)
+    maxima = map_recordings(network, lambda frames: _maxima(network, params, frames), recordings)
     return [each.max(0) for each in maxima]
 
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from sast_jax.data import Recordings, Splits
 from sast_jax.errors import UserError, refuse
 from sast_jax.evaluation.calibration import evaluate_calibration
-from sast_jax.evaluation.outputs import BATCH_SIZE
+from sast_jax.evaluation.outputs import BATCH_SIZE, sharing_devices
 from sast_jax.evaluation.quantization import evaluate_quantization
 from sast_jax.evaluation.robustness import evaluate_robustness
 from sast_jax.evaluation.synops import evaluate_synops
@@ -72,7 +73,7 @@ def _synops(subject):
 def _robustness(subject):
     run = subject.run
     return evaluate_robustness(
-        make_eval_step(run.network),
+        make_eval_step(run.network, sharing_devices(run.network, jax.device_count())),
         run.params,
         subject.splits.test,
         subject.load_corrupted,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from sast_jax.data import BATCH_SPECS, SAMPLE_AXES, Batch, Recordings, evaluation_batches
 from sast_jax.devices import AXIS, WHOLE, place, settle
-from sast_jax.evaluation.outputs import BATCH_SIZE, apply, map_recordings, predict_logits, score
+from sast_jax.evaluation.outputs import BATCH_SIZE, apply, map_recordings, predict_logits, score, sharing_devices
 from sast_jax.networks import SpikingNetwork
 
 EvalStep = Callable[[Any, Batch], dict[str, jax.Array]]
@@ -91,7 +91,8 @@ def analyze_transfer(network: SpikingNetwork, params: Any, recordings: Recording
     Returns:
         `transfer` of `sast_jax.evaluation`.
     """
-    transfer = evaluate_transfer(make_eval_step(network), params, recordings, BATCH_SIZE)
+    eval_step = make_eval_step(network, sharing_devices(network, jax.device_count()))
+    transfer = evaluate_transfer(eval_step, params, recordings, BATCH_SIZE)
     names = network.layer_names[: network.num_spiking]
 
     @functools.cache
@@ -106,7 +107,7 @@ def analyze_transfer(network: SpikingNetwork, params: Any, recordings: Recording
         "prefix": [names[:number] for number in range(len(names) + 1)],
         "single": [(name,) for name in names],
     }
-    decisions, statistics = map_recordings(lambda frames: _compare(network, params, frames), recordings)
+    decisions, statistics = map_recordings(network, lambda frames: _compare(network, params, frames), recordings)
     num_classes = network.num_classes
     return {
         **transfer,

@@ -269,7 +269,8 @@ def load_run(workdir: str | Path) -> Run:
     if restored is None:
         raise UserError(f"--workdir: {str(workdir)!r} has no checkpoint yet; run `sast-jax train` with its config first")
     state, _ = restored
-    return Run(network, state.params, config, read_json(workdir / RESULTS), int(state.step), workdir)
+    params = jax.tree.map(jnp.asarray, jax.device_get(state.params))  # What is restored is bound to a device.
+    return Run(network, params, config, read_json(workdir / RESULTS), int(state.step), workdir)
 
 
 def load_run_and_data(workdir: str | Path, overrides: Sequence[str] = ()) -> tuple[Run, ml_collections.ConfigDict, Splits]:
