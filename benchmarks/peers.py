@@ -48,7 +48,10 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if ON_GPU else {"JAX_PLATFORMS": "cpu"}),
+            # Else torch.compile would take what it has kept of earlier runs.
+            env=os.environ
+            | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+            | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if ON_GPU else {"JAX_PLATFORMS": "cpu"}),
         )
         self.error = None
         self._read()
