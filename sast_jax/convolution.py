@@ -31,8 +31,9 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
       contracted over, the output's cotangent as the kernel.
     - On a CPU convolutions of few channels and features take two neighbouring pixels of a row as one with twice the channels, and
       the kernel with them: up to twice as many products, of which the added ones are with zeros, in a form that is faster by more
-      than that. In memory such pairs are what single pixels are. All that a kernel's width reaches are then the channels of one
-      pixel, and all rows of an image one, as XLA calls its fast kernel for each row.
+      than that. In memory such pairs are what single pixels are. Of at most half as many features they take four. All that a
+      kernel's width reaches are then the channels of one pixel, and all rows of an image one, as XLA calls its fast kernel for
+      each row.
     - Weight gradients of few samples and features take pairs, too, and image gradients of few channels and features. Where
       `SLOW_CALLS`, those reach over a kernel's width as well, and these do so with any number of features.
 
@@ -66,11 +67,12 @@ def _forward(images, kernel):
 
 
 def _convolve_few(images, kernel):
-    return _convolve_pairs(images, kernel, _same_padding(kernel), _convolve_end_to_end)
+    size = 4 if kernel.shape[-1] <= MAX_FEATURES // 2 else 2
+    return _convolve_groups(images, kernel, _same_padding(kernel), size, _convolve_end_to_end)
 
 
-def _convolve_pairs(images, kernel, padding, convolve=_convolve):
-    output = convolve(_in_pairs(images), *_kernel_of_pairs(kernel, padding))
+def _convolve_groups(images, kernel, padding, size=2, convolve=_convolve):
+    output = convolve(_in_groups(images, size), *_kernel_of_groups(kernel, padding, size))
     return output.reshape(*output.shape[:2], -1, kernel.shape[-1])[:, :, : images.shape[2]]
 
 
@@ -98,29 +100,29 @@ def _within_reach(images, sides):
     return jnp.concatenate([images[:, :, tap : tap + width] for tap in range(sum(sides) + 1)], -1)
 
 
-def _in_pairs(images):
-    """Returns two neighbouring pixels as one; at an odd width the last one reaches over the border."""
+def _in_groups(images, size=2):
+    """Returns some neighbouring pixels as one; the last ones may reach over the border."""
     batch_size, height, width, channels = images.shape
-    return jnp.pad(images, ((0, 0), (0, 0), (0, width % 2), (0, 0))).reshape(batch_size, height, -1, 2 * channels)
+    return jnp.pad(images, ((0, 0), (0, 0), (0, -width % size), (0, 0))).reshape(batch_size, height, -1, size * channels)
 
 
-def _kernel_of_pairs(kernel, padding):
-    """Returns the kernel between pairs of pixels, `[h, w', 2 C, 2 F]`, and its padding.
+def _kernel_of_groups(kernel, padding, size=2):
+    """Returns the kernel between groups of n pixels, `[h, w', n C, n F]`, and its padding.
 
-    Pixel `a` of an output pair is reached by tap `i` from pixel `a + i - low` of the input, counted from the pair's first one: so
-    its weights stand in the new kernel, laid out pixel by pixel, `a - low` behind that pixel.
+    Pixel `a` of an output group is reached by tap `i` from pixel `a + i - low` of the input, counted from the group's first one:
+    so its weights stand in the new kernel, laid out pixel by pixel, `a - low` behind that pixel.
     """
     height, width, channels, features = kernel.shape
     rows, (low, high) = padding
-    before, after = -(-low // 2), (1 + high) // 2  # Pairs that are reached beside the one at the same place.
-    num_pairs = before + 1 + after
+    before, after = -(-low // size), (size - 1 + high) // size  # Groups that are reached beside the one at the same place.
+    num_groups = before + 1 + after
 
     def shifted(a):
-        left = 2 * before + a - low
-        return jnp.pad(kernel, ((0, 0), (left, 2 * num_pairs - left - width), (0, 0), (0, 0)))
+        left = size * before + a - low
+        return jnp.pad(kernel, ((0, 0), (left, size * num_groups - left - width), (0, 0), (0, 0)))
 
-    pixels = jnp.stack([shifted(0), shifted(1)], 3)
-    return pixels.reshape(height, num_pairs, 2 * channels, 2 * features), [rows, (before, after)]
+    pixels = jnp.stack([shifted(a) for a in range(size)], 3)
+    return pixels.reshape(height, num_groups, size * channels, size * features), [rows, (before, after)]
 
 
 def _fwd(images, kernel):
@@ -139,7 +141,7 @@ def _bwd(residuals, cotangent):
 
 def _images_gradient(cotangent, flipped):
     padding = [(high, low) for low, high in _same_padding(flipped)]
-    single, pairs = functools.partial(_convolve, padding=padding), functools.partial(_convolve_pairs, padding=padding)
+    single, pairs = functools.partial(_convolve, padding=padding), functools.partial(_convolve_groups, padding=padding)
     _, width, features, channels = flipped.shape
     if channels > MAX_FEATURES or width < MIN_KERNEL_WIDTH or (features > MAX_FEATURES and not SLOW_CALLS):
         return single(cotangent, flipped)
@@ -151,9 +153,9 @@ def _kernel_gradient(images, cotangent, kernel):
 
 
 def _kernel_gradient_of_pairs(images, cotangent, kernel):
-    _, back, padding = jax.vjp(lambda kernel: _kernel_of_pairs(kernel, _same_padding(kernel)), kernel, has_aux=True)
+    _, back, padding = jax.vjp(lambda kernel: _kernel_of_groups(kernel, _same_padding(kernel)), kernel, has_aux=True)
     correlate = _correlate_rows if SLOW_CALLS else _correlate
-    return back(correlate(_in_pairs(images), _in_pairs(cotangent), padding))[0]
+    return back(correlate(_in_groups(images), _in_groups(cotangent), padding))[0]
 
 
 def _correlate_rows(images, cotangent, padding):

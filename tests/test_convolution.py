@@ -30,8 +30,15 @@ def reference(images, kernel):
 
 SHAPES = {
     **{
-        f"few channels, {height}x{width}, kernel {size[0]}x{size[1]}": (3, height, width, size, channels, 4)
-        for (height, width), channels in (((7, 6), 2), ((8, 9), 3))
+        f"few channels, {features} features, {height}x{width}, kernel {size[0]}x{size[1]}": (
+            3,
+            height,
+            width,
+            size,
+            channels,
+            features,
+        )
+        for features, (height, width), channels in ((4, (7, 6), 2), (4, (8, 9), 3), (9, (7, 6), 2), (9, (8, 9), 3))
         for size in ((1, 1), (2, 4), (3, 3), (5, 5), (5, 8), (7, 6))
     },
     "more channels": (3, 7, 6, (5, 5), 10, 4),
@@ -77,6 +84,7 @@ def test_only_cpus_take_pixels_in_pairs_in_value_and_gradient(monkeypatch):
         return jax.vjp(convolution, images, kernel)[1](cotangent)[1]
 
     assert "tensor<8x1x220x32xf32>" in lowered(convolution, "cpu", images, kernel)
+    assert "tensor<8x1x120x32xf32>" in lowered(convolution, "cpu", images, kernel[..., :8])  # In fours.
     for slow_calls, operand in ((False, "tensor<20x11x8x32xf32>"), (True, "tensor<1x20x88x32xf32>")):
         monkeypatch.setattr(module, "SLOW_CALLS", slow_calls)
         jax.clear_caches()
