@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sast_jax import load_run
+from sast_jax import SpikingConvNet, load_run
 from sast_jax.config import MAX_SEED
 from sast_jax.data import SAMPLE_AXES, take_batch
 from sast_jax.errors import Diverged, Interrupted
@@ -71,7 +71,10 @@ def test_runs_trained_together_are_those_trained_alone(tiny, tmp_path, common):
 
 
 @pytest.mark.slow
-def test_step_of_many_conv_networks_is_that_of_each(tiny):
+@pytest.mark.parametrize("is_one_operation", [False, True], ids=["in turns", "as one operation"])
+def test_step_of_many_conv_networks_is_that_of_each(is_one_operation, tiny, monkeypatch):
+    if is_one_operation:  # As on a GPU.
+        monkeypatch.setattr(SpikingConvNet, "order_on_cpu", "layer_major")
     configs = [tiny("sast", "network.kind=conv", "network.features=2,3", "network.kernel_size=3", *own[:3]) for own in RUNS]
     network = make_network(configs[0], 3)
     batches = [[draw(10 * run + stream) for stream in (0, 1)] for run in (0, 1)]
