@@ -29,7 +29,8 @@ from sast_jax.training.state import make_init
 from sast_jax.training.together import MEMORY_SHARE, build_train_step_together, spread_runs, stack
 
 WORKLOADS = {
-    "conv 34x34x2 - 8 - 16, T 10, batch 32": (),
+    "conv 34x34x2 - 8 - 16, kernel 3, T 10, batch 32": (),
+    "conv 34x34x2 - 12 - 32, kernel 5, T 10, batch 32": ("network.features=12,32", "network.kernel_size=5"),
     "dense 2312 - 64 - 10, T 10, batch 32": ("network.kind=mlp", "network.features=64"),
     "dense 2312 - 512 - 10, T 10, batch 32": ("network.kind=mlp", "network.features=512"),
 }

@@ -141,7 +141,7 @@ def spread_runs(state: TrainState, mesh: Mesh | None) -> TrainState:
 def default_together() -> int | None:
     """Returns how many runs are trained at once if nothing else is said; `None`: as many as fit in memory.
 
-    On a CPU one: `benchmarks/results/many_runs.md` has what more would cost.
+    On a CPU one; `benchmarks/results/many_runs.md` has what small networks would gain by more.
     """
     return 1 if jax.default_backend() == "cpu" else None
 
