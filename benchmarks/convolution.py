@@ -21,6 +21,7 @@ from turns import begin, compare, describe, show, take_turns
 from sast_jax.convolution import convolution
 
 LAYERS = {
+    "34x34, 2 to 8 channels, batch 16": (16, 34, 2, 8),
     "34x34, 2 to 16 channels, batch 16": (16, 34, 2, 16),
     "17x17, 16 to 32 channels, batch 16": (16, 17, 16, 32),
     "64x64, 2 to 16 channels, batch 8": (8, 64, 2, 16),
