@@ -269,7 +269,8 @@ class SpikingNetwork(nn.Module):
         return (synapse(total / self.pool_area(self.num_spiking)) + (weights.sum() - 1) * bias) / len(weights)
 
     def _to_readout(self, x):
-        """What is summed over time, from the spikes of the last layer."""
+        """What is summed over time, from the spikes of the last layer, or from frames if there is none."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return x if self.readout == "rate" else self.pool(self.num_spiking, x)
 
     def _shapes(self, frames):

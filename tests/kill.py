@@ -232,8 +232,8 @@ def start(case, folder, recordings, compiled, *, operation=0):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     command = [sys.executable, "-c", _CHILD, str(operation), str(folder), *case.arguments(folder, recordings)]
-    log = folder.with_suffix(".log").open("w")
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    with folder.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def survive(case, num_kills, workdir, *, seed=0, progress=lambda text: None):

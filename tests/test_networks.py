@@ -82,6 +82,16 @@ def test_potentials_of_hard_neurons_are_written_over_those_of_the_step_before_an
     assert (copies("hard"), len(copies("surrogate"))) == ([], 2)
 
 
+@pytest.mark.parametrize("network", [SpikingConvNet, SpikingMLP])
+@pytest.mark.parametrize("order", ["layer_major", "step_major"])
+def test_network_without_layers_is_affine_in_the_mean_of_frames_of_any_dtype(network, order, frames):
+    net = network(3, features=(), order=order)
+    params = init(net, frames)
+    logits = net.apply({"params": params}, frames.astype(np.uint8), "hard").logits
+    expected = frames.mean(0).reshape(2, -1) @ params["readout"]["kernel"] + params["readout"]["bias"]
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
 def test_weights_are_a_plain_tree_with_stated_names(frames):
     shapes = jax.tree.map(jnp.shape, init(SpikingConvNet(**CONV), frames))
     assert shapes == {
