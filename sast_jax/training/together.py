@@ -1,6 +1,5 @@
 """Runs that differ in numbers alone, as one program: their states have an axis of runs, their data are shared."""
 
-import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.custom_batching import sequential_vmap
 
 from sast_jax import config as config_lib
 from sast_jax.data import BATCH_SPECS, SAMPLE_AXES, Batch
@@ -59,26 +59,6 @@ def unstack(state: TrainState, number: int) -> list[TrainState]:
     return [take(index) for index in range(number)]
 
 
-def _in_turns(function, in_axes, out_axes):
-    """`jax.vmap`, but one run after the other; an output without an axis of runs is that of the first."""
-
-    def with_axis(change, axes, tree):
-        def of_part(axis, part):
-            return part if axis is None else jax.tree.map(functools.partial(change, axis), part)
-
-        return jax.tree.map(of_part, axes, tree, is_leaf=lambda axis: axis is None)
-
-    def in_turns(*args):
-        def call(index):
-            return function(*with_axis(lambda axis, leaf: jax.lax.dynamic_index_in_dim(leaf, index, axis, False), in_axes, args))
-
-        outputs = jax.lax.map(call, jnp.arange(len(jax.tree.leaves(args[0])[0])))
-        first = jax.tree.map(lambda leaf: leaf[0], outputs)
-        return jax.tree.map(lambda axis, *parts: parts[axis is None], out_axes, outputs, first, is_leaf=lambda axis: axis is None)
-
-    return in_turns
-
-
 def build_train_step_together(
     configs: Sequence[ml_collections.ConfigDict], network: SpikingNetwork, num_steps: int, mesh: Mesh | None = None
 ) -> TrainStep:
@@ -110,10 +90,12 @@ def build_train_step_together(
         batches = [None if batch is None else jax.tree.map(split, SAMPLE_AXES, batch) for batch in batches]
         batch_axes = [None if batch is None else SAMPLE_AXES for batch in batches]
         state_axes = jax.tree.map(lambda leaf: None if _is_shared(leaf) else 0, state)
-        # As one operation, convolutions with weights of their own are several times slower on a CPU.
-        is_slow = jax.default_backend() == "cpu" and network.order_on_cpu == "step_major"
-        together = (_in_turns if is_slow else jax.vmap)(step_alone, (0, state_axes, *batch_axes), (state_axes, 0))
-        return together(numbers, state, *batches)
+        in_axes = (0, state_axes, *batch_axes)
+        if jax.default_backend() != "cpu" or network.order_on_cpu == "layer_major":
+            return jax.vmap(step_alone, in_axes, (state_axes, 0))(numbers, state, *batches)
+        # As one operation, convolutions with weights of their own are several times slower on a CPU: one run after the other.
+        new_state, metrics = jax.vmap(sequential_vmap(step_alone), in_axes)(numbers, state, *batches)
+        return jax.tree.map(lambda leaf: leaf[0] if _is_shared(leaf) else leaf, new_state), metrics
 
     def spread_step(numbers, state, *batches):
         if mesh is None:
