@@ -172,7 +172,7 @@ def connect_hosts(address: str) -> None:
 
 def is_first_host() -> bool:
     """Returns whether this process is the one that writes files and shows progress."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def on_any_host(flag: bool) -> bool:

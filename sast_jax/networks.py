@@ -158,6 +158,10 @@ class SpikingNetwork(nn.Module):
         """Returns the number of neurons in a pooling window of a layer; the mean over it is what its weights see."""
         raise NotImplementedError
 
+    def num_neurons(self, index: int, height: int, width: int) -> int:
+        """Returns the number of neurons of a spiking layer, for frames of a size."""
+        raise NotImplementedError
+
     def current(self, index: int, x: jax.Array) -> jax.Array:
         """Returns the current `[B, ...]` of a layer from frames, or from the spikes of the layer before, `[B, ...]`."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -397,6 +401,10 @@ class SpikingMLP(SpikingNetwork):
         """No pooling: 1."""
         return 1
 
+    def num_neurons(self, index: int, height: int, width: int) -> int:
+        """As many as features, whatever the size."""
+        return self.features[index]
+
 
 class SpikingConvNet(SpikingNetwork):
     """Convolutional spiking network: convolution - spikes - average pooling, repeated, then a dense readout.
@@ -441,6 +449,10 @@ class SpikingConvNet(SpikingNetwork):
     def pool_area(self, index: int) -> int:
         """The pool size squared, 1 for the first layer."""
         return self.pool_size**2 if index > 0 else 1
+
+    def num_neurons(self, index: int, height: int, width: int) -> int:
+        """As many as features and pixels, which each pool leaves fewer of."""
+        return self.features[index] * (height // self.pool_size**index) * (width // self.pool_size**index)
 
 
 NETWORKS: dict[str, type[SpikingNetwork]] = {"conv": SpikingConvNet, "mlp": SpikingMLP}

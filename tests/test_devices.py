@@ -65,6 +65,16 @@ network, tx = SpikingConvNet(3, features=(2,), kernel_size=3), optax.chain(sam(0
 one = train(network, tx, None, num_steps=1)
 assert_close(one, train(network, tx, mesh, num_steps=1))
 
+
+def count_meetings(ascent):
+    state = init_state(network, tx, batches[0].frames[:, :1], seed=0)
+    step = make_train_step(network, tx, "surrogate", mesh=mesh, ascent=ascent)
+    return step.lower(state, *batches).compile().as_text().count(" all-reduce(")
+
+
+# Devices meet for each gradient and for the metrics, however many arrays these have.
+assert (count_meetings("global"), count_meetings("per_device")) == (3, 2)
+
 # m-sharpness: each part of two samples climbs its own gradient; the mean of the gradients there is descended.
 network = SpikingMLP(3, features=(6,))
 apart, _ = train(network, tx, mesh, "per_device", num_steps=1)

@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +14,11 @@ import pytest
 
 from sast_jax import SpikingMLP, lif, load_run, sam, spike_fn
 from sast_jax.config import load_configs
-from sast_jax.data import Batch
+from sast_jax.data import Batch, take_batch
 from sast_jax.errors import UserError
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
-from sast_jax.training import Interrupted, init_state, make_train_step, read_metrics, train_and_evaluate, train_variants
-from sast_jax.training.build import load_data, make_network, make_optimizer
+from sast_jax.training import Interrupted, init_state, make_train_step, read_metrics, session, train_and_evaluate, train_variants
+from sast_jax.training.build import build_train_step, load_data, make_network, make_optimizer
 from sast_jax.training.checkpoints import Checkpoints, restore
 from sast_jax.training.progress import Progress
 from tests.conftest import TINY, assert_trees_equal
@@ -388,3 +390,17 @@ def test_lif_stands_between_a_users_own_layers_under_the_same_step():
         state, metrics = step(state, draw(0), draw(0))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("fields", [[], ["network.time_chunk=4"], ["num_microbatches=2"], ["network.features=2,9"]])
+def test_largest_array_of_a_step_is_told_before_it_is_compiled(tiny, monkeypatch, fields):
+    told = []
+    monkeypatch.setattr(session, "expect_array", told.append)
+    conv = ["network.kind=conv", "network.features=4,3", "dataset.num_time_steps=12", "batch_size=8"]
+    config = tiny("sast", *conv, "sam.perturbation_batch_size=8", *fields)
+    task = session.Task(config)
+    state = task.init(jax.random.key(0), None)
+    batch = take_batch(task.splits.train, np.arange(8))
+    step = build_train_step(config, task.network, task.num_steps).lower(state, batch, batch).compile().as_text()
+    shapes = re.findall(r"f32\[([\d,]+)\]", step)
+    assert told == [4 * max(math.prod(map(int, shape.split(","))) for shape in shapes)]

@@ -75,7 +75,7 @@ def run_study(
             load_data(plan.configs[BASELINE])  # Once, into the cache, before all processes ask for it.
             return ending.enter_context(Workers(processes))
 
-        sweep = _Sweep(plan, workdir, together or default_together(), train, start_workers if processes > 1 else None)
+        sweep = _Sweep(plan, workdir, together, train, start_workers if processes > 1 else None)
         selection = sweep.select()
         tested = sweep.test({name: rows[0]["values"] if rows else {} for name, rows in selection.items()})
         results = compare(path.stem, overrides, plan.study, selection, tested)
@@ -253,7 +253,7 @@ class _Sweep:
     def test(self, selected):
         """Results by method and seed; methods take turns, so that a ratio of times compares neighbours."""
         study = self._plan.study
-        size = self._together or len(study.seeds)
+        size = self._together or default_together() or len(study.seeds)
         batches = []
         for first in range(0, len(study.seeds), size):
             for name, point in selected.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from sast_jax import config as config_lib
+from sast_jax.allocator import expect_array
 from sast_jax.data import DESCENT, PERTURBATION, batch_indices, take_batch
 from sast_jax.data.checks import content_ids
 from sast_jax.devices import is_first_host, memory_bytes
@@ -59,7 +61,9 @@ class Task:
         self.network = make_network(config, self.splits.num_classes)
         self.project = make_projection(config, self.network)
         tx = make_optimizer(config, self.num_steps, self.project)
-        self.init = make_init(self.network, tx, take_batch(self.splits.train, np.arange(1)).frames)
+        frames = take_batch(self.splits.train, np.arange(1)).frames
+        expect_array(_largest_array(config, self.network, frames.shape))
+        self.init = make_init(self.network, tx, frames)
         self.target = jax.eval_shape(self.init, jax.random.key(0), None)
         refuse_too_large(self.target)
         self.warm_start, self.warm_start_cost = load_warm_start(config.warm_start, self.target.params, self.data)
@@ -80,6 +84,15 @@ class Task:
         perturbation = indices(PERTURBATION, self.perturbation_batch_size)
         is_same = np.array_equal(np.sort(self._contents[descent]), np.sort(self._contents[perturbation]))
         return descent, perturbation, is_same
+
+
+def _largest_array(config, network, shape):
+    """Bytes of what the gradient needs of a layer, on a device: its potentials at all time steps, or in a chunk of them."""
+    num_steps, _, height, width, _ = shape
+    num_neurons = max((network.num_neurons(index, height, width) for index in range(network.num_spiking)), default=0)
+    num_devices = 1 if network.order_on_cpu == "layer_major" else max(1, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
+    num_samples = math.ceil(config.batch_size / config.num_microbatches / num_devices)
+    return 4 * min(num_steps, network.time_chunk or num_steps) * num_samples * num_neurons
 
 
 class Session:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from sast_jax.accumulation import accumulate
@@ -125,7 +126,10 @@ def make_train_step(
         return loss, metrics
 
     def mean(tree):
-        return tree if mesh is None else jax.lax.pmean(tree, AXIS)
+        if mesh is None:
+            return tree
+        values, unravel = ravel_pytree(tree)  # Devices meet once, not for each array.
+        return unravel(jax.lax.pmean(values, AXIS))
 
     def step(state, descent_batch, perturbation_batch):
         spikes = mode(state.step) if callable(mode) else mode
