@@ -554,6 +554,9 @@ class Machine:
         """Allocates."""
         import jax
 
+        from sast_jax.allocator import expect_array
+
+        expect_array(COPIED)
         self.jax = jax
         matrix = jax.random.normal(jax.random.key(0), (SIDE, SIDE))
         array = jax.numpy.zeros(COPIED // 4)

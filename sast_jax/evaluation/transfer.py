@@ -33,7 +33,7 @@ def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
     def eval_step(params, batch):
         sums = {"num_samples": jnp.sum(batch.mask)}
         for mode in ("surrogate", "hard"):
-            logits = network.apply({"params": params}, batch.frames.astype(jnp.float32), mode).logits
+            logits = network.apply({"params": params}, batch.frames, mode).logits
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             sums[f"{mode}_correct"] = jnp.sum(batch.mask & (logits.argmax(-1) == batch.labels))
             sums[f"{mode}_loss"] = jnp.sum(jnp.where(batch.mask, loss, 0.0))

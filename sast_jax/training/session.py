@@ -87,12 +87,18 @@ class Task:
 
 
 def _largest_array(config, network, shape):
-    """Bytes of what the gradient needs of a layer, on a device: its potentials at all time steps, or in a chunk of them."""
-    num_steps, _, height, width, _ = shape
-    num_neurons = max((network.num_neurons(index, height, width) for index in range(network.num_spiking)), default=0)
-    num_devices = 1 if network.order_on_cpu == "layer_major" else max(1, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
+    """Bytes of the largest array of a train step on a device of a CPU.
+
+    At all time steps, or in a chunk of them, a layer's potentials; or the frames, where all steps go through one layer before
+    the next.
+    """
+    num_steps, _, height, width, num_polarities = shape
+    sizes = [network.num_neurons(index, height, width) for index in range(network.num_spiking)]
+    is_layer_major = network.order_on_cpu == "layer_major"  # On one device, too.
+    num_devices = 1 if is_layer_major else max(1, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
     num_samples = math.ceil(config.batch_size / config.num_microbatches / num_devices)
-    return 4 * min(num_steps, network.time_chunk or num_steps) * num_samples * num_neurons
+    sizes.append(height * width * num_polarities if is_layer_major else 0)
+    return 4 * min(num_steps, network.time_chunk or num_steps) * num_samples * max(sizes)
 
 
 class Session:
