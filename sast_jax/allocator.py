@@ -11,8 +11,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 MAX_IN_ARENA = 2**26
 """Bytes that a thread's own arena has in one piece (glibc's HEAP_MAX_SIZE); only the main arena has more."""
 
-PIECE = 2**24
-"""Bytes of temporary arrays that XLA allocates at once, unless a single one is larger."""
+PIECE = 7 * 2**23
+"""Bytes of temporary arrays that XLA allocates at once, unless a single one is larger; an arena holds other things, too."""
 
 _TEMPORARY_ARRAYS = 4  # How many times the largest array all of a step together are, about.
 
@@ -35,7 +35,8 @@ def keep_freed_memory() -> bool:
     Threads have arenas of their own, which is glibc's default: XLA's allocate within its operations, and with one arena for all
     they would wait for each other, search what others freed, and get memory that is in another core's cache. Such an arena can
     keep pieces of up to `MAX_IN_ARENA`, so XLA is told, in `XLA_FLAGS`, to allocate a program's temporary arrays in pieces; not
-    if there may be an accelerator. For larger arrays there is `expect_array`.
+    if there may be an accelerator. A program of several pieces is not kept by jax's compilation cache, as XLA cannot write it
+    down. For larger arrays there is `expect_array`.
 
     Returns:
         Whether the C library took the settings; it must be glibc. Elsewhere nothing changes.

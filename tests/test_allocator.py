@@ -57,8 +57,8 @@ def test_only_arrays_that_an_arena_cannot_keep_make_threads_share_one():
 @pytest.mark.parametrize(
     ("variables", "version", "expected"),
     [
-        ({"JAX_PLATFORMS": "cpu"}, "0.10.2", f"{FLAG}=16777216"),
-        ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--other"}, "0.12.0.1", f"--other {FLAG}=16777216"),
+        ({"JAX_PLATFORMS": "cpu"}, "0.10.2", f"{FLAG}=58720256"),
+        ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--other"}, "0.12.0.1", f"--other {FLAG}=58720256"),
         ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{FLAG}=5"}, "0.10.2", f"{FLAG}=5"),
         ({"JAX_PLATFORMS": "cuda,cpu"}, "0.10.2", ""),
         ({"JAX_PLATFORMS": "cpu"}, "0.13.0", ""),  # XLA ends a process for a flag that it does not have.
