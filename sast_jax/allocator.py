@@ -17,11 +17,8 @@ PIECE = 7 * 2**23
 _TEMPORARY_ARRAYS = 4  # How many times the largest array all of a step together are, about.
 
 _PIECES = "--xla_multiheap_size_constraint_per_heap"
-_UNTESTED = (
-    0,
-    13,
-)  # First jaxlib of which it is not known whether it has this flag. A flag that XLA does not have ends the process.
-
+# First jaxlib of which it is not known whether it has this flag. XLA ends a process that sets a flag which it does not have.
+_UNTESTED = 0, 13
 
 _is_kept = False
 

@@ -393,7 +393,8 @@ def test_lif_stands_between_a_users_own_layers_under_the_same_step():
 
 
 @pytest.mark.parametrize(
-    "fields", [[], ["network.time_chunk=4"], ["num_microbatches=2"], ["network.features=2,9"], ["network.kind=mlp"]]
+    "fields",
+    [[], ["batch_size=4"], ["network.time_chunk=4"], ["num_microbatches=2"], ["network.features=2,9"], ["network.kind=mlp"]],
 )
 def test_largest_array_of_a_step_is_told_before_it_is_compiled(tiny, monkeypatch, fields):
     told = []

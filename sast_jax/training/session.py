@@ -96,7 +96,8 @@ def _largest_array(config, network, shape):
     sizes = [network.num_neurons(index, height, width) for index in range(network.num_spiking)]
     is_layer_major = network.order_on_cpu == "layer_major"  # On one device, too.
     num_devices = 1 if is_layer_major else max(1, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
-    num_samples = math.ceil(config.batch_size / config.num_microbatches / num_devices)
+    batch_size = max(config.batch_size, config.sam.perturbation_batch_size)
+    num_samples = math.ceil(batch_size / config.num_microbatches / num_devices)
     sizes.append(height * width * num_polarities if is_layer_major else 0)
     return 4 * min(num_steps, network.time_chunk or num_steps) * num_samples * max(sizes)
 
