@@ -542,7 +542,7 @@ def norse_neuron(smooth):
 # --- The machine -------------------------------------------------------------------------------------------------------------
 
 
-SIDE, COPIED = (8192, 2**31) if ON_GPU else (2048, 2**27)
+SIDE, COPIED = (8192, 2**31) if ON_GPU else (2048, 3 * 2**24)  # What the allocator keeps: else it would measure page faults.
 MACHINE = {"matmul": 2 * SIDE**3, "copy": 2 * COPIED}
 """What the machine is timed at: operations of a product of matrices, and bytes that a copy reads and writes."""
 
@@ -554,9 +554,6 @@ class Machine:
         """Allocates."""
         import jax
 
-        from sast_jax.allocator import expect_array
-
-        expect_array(COPIED)
         self.jax = jax
         matrix = jax.random.normal(jax.random.key(0), (SIDE, SIDE))
         array = jax.numpy.zeros(COPIED // 4)

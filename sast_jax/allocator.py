@@ -51,12 +51,14 @@ def expect_array(num_bytes: int) -> None:
     """Prepares a process that keeps freed memory for the largest array of its programs; before jax uses any device.
 
     If it, or what is allocated with it, is more than the arena of a thread can keep, threads that start from now on share the
-    main one.
+    main one, and nothing comes in pieces.
     """
-    if _PIECES not in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _PIECES not in flags:
         num_bytes *= _TEMPORARY_ARRAYS
-    if _is_kept and num_bytes > MAX_IN_ARENA:
+    if _is_kept and num_bytes > PIECE:
         _set(_M_ARENA_MAX, 1)
+        os.environ["XLA_FLAGS"] = flags.replace(f" {_PIECES}={PIECE}", "")
 
 
 def _set(parameter, value):

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from sast_jax.allocator import PIECE
+
 # Allocates and frees memory a few times, in a thread of its own or in the first one, and prints the page faults of the last time.
 SCRIPT = """
 import resource, sys, threading
@@ -74,3 +76,15 @@ def test_temporary_arrays_come_in_pieces_where_there_is_a_cpu_alone_and_the_flag
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")} | variables
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.strip() == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only then anything is set")
+@pytest.mark.parametrize(("num_bytes", "is_in_pieces"), [(PIECE, True), (PIECE + 1, False)])
+def test_nothing_comes_in_pieces_where_an_array_is_larger_than_one(num_bytes, is_in_pieces):
+    script = (
+        "import os; from sast_jax.allocator import expect_array, keep_freed_memory; keep_freed_memory()\n"
+        f"expect_array({num_bytes}); print(os.environ['XLA_FLAGS'])"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--other"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.strip() == (f"--other {FLAG}={PIECE}" if is_in_pieces else "--other")
