@@ -16,7 +16,7 @@ PIECE = 7 * 2**23
 
 _TEMPORARY_ARRAYS = 4  # How many times the largest array all of a step together are, about.
 
-_PIECES = "--xla_multiheap_size_constraint_per_heap"
+_PIECES_FLAG = "--xla_multiheap_size_constraint_per_heap"
 # First jaxlib of which it is not known whether it has this flag. XLA ends a process that sets a flag which it does not have.
 _UNTESTED = 0, 13
 
@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
     page. The process keeps its peak memory until it ends.
 
     Threads have arenas of their own, which is glibc's default: XLA's allocate within its operations, and with one arena for all
-    they would wait for each other, search what others freed, and get memory that is in another core's cache. Such an arena can
+    they would search what others freed, and get memory that is in another core's cache. Such an arena can
     keep pieces of up to `MAX_IN_ARENA`, so XLA is told, in `XLA_FLAGS`, to allocate a program's temporary arrays in pieces; not
     if there may be an accelerator. A program of several pieces is not kept by jax's compilation cache, as XLA cannot write it
     down. For larger arrays there is `expect_array`.
@@ -42,8 +42,8 @@ def keep_freed_memory() -> bool:
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: MAX_IN_ARENA}
     _is_kept = all(_set(*setting) for setting in settings.items())
     flags = os.environ.get("XLA_FLAGS", "")
-    if _is_kept and _PIECES not in flags and not _may_have_accelerator() and _jaxlib_version() < _UNTESTED:
-        os.environ["XLA_FLAGS"] = f"{flags} {_PIECES}={PIECE}"
+    if _is_kept and _PIECES_FLAG not in flags and not _may_have_accelerator() and _jaxlib_version() < _UNTESTED:
+        os.environ["XLA_FLAGS"] = f"{flags} {_PIECES_FLAG}={PIECE}"
     return _is_kept
 
 
@@ -54,11 +54,11 @@ def expect_array(num_bytes: int) -> None:
     main one, and nothing comes in pieces.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _PIECES not in flags:
+    if _PIECES_FLAG not in flags:
         num_bytes *= _TEMPORARY_ARRAYS
     if _is_kept and num_bytes > PIECE:
         _set(_M_ARENA_MAX, 1)
-        os.environ["XLA_FLAGS"] = flags.replace(f" {_PIECES}={PIECE}", "")
+        os.environ["XLA_FLAGS"] = flags.replace(f" {_PIECES_FLAG}={PIECE}", "")
 
 
 def _set(parameter, value):
