@@ -4,8 +4,8 @@
 
 Train steps and inference by order of work, time loop and precision, many runs at once, and the time until the first step of a
 run. The programs of a network are compiled side by side and then take turns of some steps each, which are waited for together, as
-in training. After each network it writes `benchmarks/results/gpu.json` and `.md`. `--small` tries it out on tiny networks and
-writes `gpu_small` instead.
+in training. After each network it writes `benchmarks/results/gpu.json` and `.md`. What the memory is too small for, or the time,
+is listed as missing. `--small` tries it out on tiny networks and writes `gpu_small` instead.
 """
 
 import argparse
@@ -30,6 +30,9 @@ from sast_jax.training.run import environment
 
 ROUNDS, STEPS = 9, 10
 """Turns, and steps in each."""
+
+LIMIT = 400
+"""Seconds after which no other network is begun, so that all take less than 8 minutes if the last one takes less than 80 s."""
 
 WAYS = {
     "kernels": {"time_loop": "pallas"},
@@ -134,6 +137,7 @@ def markdown(results):
         "arguments and temporary arrays by the compiler's account. "
         f"`configs/digits.py:sast` took {first:.1f} s until its first step was taken."
     )
+    lines += [f"\nMissing: {workload}: {reason}." for workload, reason in results["missing"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -143,20 +147,26 @@ def main():
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     start = time.monotonic()
-    results = {"environment": environment(), "first_step": first_step(), "workloads": {}, "many_runs": {}}
+    results = {"environment": environment(), "first_step": first_step(), "workloads": {}, "many_runs": {}, "missing": {}}
 
-    def publish_so_far():  # Time on a GPU may be over before all is measured.
+    def take(table, workload, function, *arguments):
+        if time.monotonic() - start > LIMIT:
+            results["missing"][workload] = "no time left"
+        else:
+            try:
+                results[table][workload] = function(*arguments)
+            except jax.errors.JaxRuntimeError as error:
+                results["missing"][workload] = str(error).partition("\n")[0]
         results["seconds"] = time.monotonic() - start
+        # Whoever lends a GPU may take it back before all is measured.
         publish("gpu_small" if args.small else "gpu", results, markdown(results))
 
     for workload, sizes in (SMALL if args.small else WORKLOADS).items():
-        results["workloads"][workload] = measure(compile_all(make_programs(*sizes)))
-        publish_so_far()
+        take("workloads", workload, lambda sizes: measure(compile_all(make_programs(*sizes))), sizes)
     numbers = (1, 2) if args.small else (1, 8, 64)
     tiny = ("network.features=2", "batch_size=4", "dataset.num_time_steps=3") if args.small else ()
     for workload, overrides in list(many_runs.WORKLOADS.items())[::2]:
-        results["many_runs"][workload] = many_runs.measure((*overrides, *tiny), numbers, ROUNDS)
-        publish_so_far()
+        take("many_runs", workload, many_runs.measure, (*overrides, *tiny), numbers, ROUNDS)
 
 
 if __name__ == "__main__":

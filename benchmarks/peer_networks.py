@@ -24,6 +24,8 @@ DECAY, SLOPE, RHO, LEARNING_RATE, NUM_CLASSES, KERNEL, POOL = 0.9, 2.0, 0.1, 1e-
 CORES = len(os.sched_getaffinity(0))
 ON_GPU = os.environ.get("PEERS_DEVICE") == "gpu"
 """Set by the parent, for all libraries alike."""
+WARM_UP = 0.3
+"""Seconds of steps before the first round, for each kind of step."""
 
 
 class Workload(NamedTuple):
@@ -620,6 +622,11 @@ def answer(program, command, kind, argument):
         if kind not in MACHINE:
             np.savez(argument, *([program.infer()] if kind == "infer" else program.first_gradient(kind)))
         return seconds
+    if command == "warm_up":
+        while time.perf_counter() - start < WARM_UP:
+            program.run(kind)
+            program.wait()
+        return None
     if command == "memory":
         return peak_memory(program, kind)
     program.run(kind)  # Other processes had the caches.

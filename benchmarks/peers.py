@@ -3,12 +3,12 @@
     pip install -e ".[peers]" && python benchmarks/peers.py
 
 All of it runs on the CPU, or with `PEERS_DEVICE=gpu` in the environment on a GPU. Without a GPU, name PyTorch's wheel for CPUs in
-the same `pip install`, or a package that asks for torchvision replaces it. Each
-library runs in a process of its own (`peer_networks.py`), on as many threads as there are cores and with the same settings of
-the allocator. The processes take turns and wait for each other; in each round a process takes one step that is not timed and
-some that are. What other programs take of the processors is measured in each round, and rounds with foreign load are left out
-where enough are quiet. Logits and gradients are compared with those of sast_jax before anything is timed. Libraries that are
-missing get a row that says so. Writes `benchmarks/results/peers.json` and `.md`, and the table into `docs/results.md`.
+the same `pip install`, or a package that asks for torchvision replaces it. Each library runs in a process of its own
+(`peer_networks.py`), on as many threads as there are cores and with the same settings of the allocator. The processes take turns
+and wait for each other: first each warms up, then in each round a process takes one step that is not timed and some that are.
+What other programs take of the processors is measured in each round, and rounds with foreign load are left out where enough are
+quiet. Logits and gradients are compared with those of sast_jax before anything is timed. Libraries that are missing get a row
+that says so. Writes `benchmarks/results/peers.json` and `.md`, and the table into `docs/results.md`.
 """
 
 import argparse
@@ -161,6 +161,8 @@ def measure(workload, children, rows, rounds, steps):
     names = {id(child): name for name, child in [*working.items(), ("floor", machine)]}
     for child, kind in turns[: len(MACHINE)]:
         child.ask("compile", kind, "-")
+    for child, kind in turns:  # In the first steps after compilation a heap still grows.
+        child.ask("warm_up", kind, "-")
     found = []
     for number in range(rounds):
         one = {"load_average": os.getloadavg()[0], "seconds": {}}

@@ -15,6 +15,7 @@ from typing import Any
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.compilation import keep_compiled
 from sast_jax.errors import Interrupted, UserError, refuse, show_warning
+from sast_jax.text import align
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -288,13 +289,6 @@ def format_table(runs: dict[str, dict[str, Any]]) -> str:
         for name, result in runs.items()
     ]
     return align([header, *rows])
-
-
-def align(rows: list[list[str]]) -> str:
-    """Returns rows of cells as lines whose columns stand below each other, the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    template = "  ".join(f"{{:{'<' if column == 0 else '>'}{width}}}" for column, width in enumerate(widths))
-    return "\n".join(template.format(*row) for row in rows)
 
 
 def entry_point() -> None:

@@ -55,6 +55,15 @@ def _number(low: float, high: float = MAX_NUMBER, *, above: bool = False) -> Fie
     return Field(float, lambda v: (low < v if above else low <= v) and v <= high, allowed)
 
 
+def _part(least: int, allowed: str) -> Field:
+    """Two integers, or none: the first of a part and what stands behind its last, or a part's index and their number."""
+
+    def is_allowed(v):
+        return not v or (len(v) == 2 and all(type(n) is int for n in v) and 0 <= v[0] < v[1] >= least)
+
+    return Field(tuple, is_allowed, allowed)
+
+
 def _choice(*names: str) -> Field:
     return Field(str, lambda v: v in names, f"one of {', '.join(names)}")
 
@@ -75,16 +84,8 @@ def is_name(value: Any) -> bool:
 _FLAG = Field(bool, lambda v: True, "true or false")
 _TEXT = Field(str, lambda v: True, "text")
 _SIZES = Field(tuple, lambda v: all(map(is_size, v)), "integers from 1 to 65536, as 12,32")
-_RANGE = Field(
-    tuple,
-    lambda v: not v or (len(v) == 2 and all(type(n) is int for n in v) and 0 <= v[0] < v[1]),
-    "a first number and one past the last, as 1000,60000, or ()",
-)
-_FOLD = Field(
-    tuple,
-    lambda v: not v or (len(v) == 2 and all(type(n) is int for n in v) and 0 <= v[0] < v[1] and v[1] > 1),
-    "the number of a fold, from 0, and how many there are, as 0,5, or ()",
-)
+_RANGE = _part(1, "a first number and one past the last, as 1000,60000, or ()")
+_FOLD = _part(2, "the number of a fold, from 0, and how many there are, as 0,5, or ()")
 
 MAX_SEED = 2**32 - 1
 

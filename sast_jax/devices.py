@@ -3,12 +3,14 @@
 import logging
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sast_jax.errors import UserError
@@ -110,6 +112,20 @@ def to_pool(x: jax.Array) -> jax.Array:
     num_steps = jax.lax.optimization_barrier(jnp.int32(1))  # A loop of one step that the compiler knew of would not be left.
     _, *copies = jax.lax.while_loop(lambda carry: carry[0] < num_steps, body, (jnp.int32(0), zeros, zeros))
     return x - (copies[0][0] + copies[1][0]).astype(x.dtype)
+
+
+def over_devices(reduce: Callable[..., Any], tree: Any, mesh: Mesh | None) -> Any:
+    """Returns `jax.lax.psum` or `pmean` of a tree over devices, which meet once, not for each array; integers up to 2^24.
+
+    Args:
+        reduce: Either of them.
+        tree: Arrays, within `jax.shard_map` over the mesh.
+        mesh: Devices; `None`: there is but one, and the tree is returned as it is.
+    """
+    if mesh is None:
+        return tree
+    values, unravel = ravel_pytree(tree)
+    return unravel(reduce(values, AXIS))
 
 
 def memory_bytes() -> int | None:

@@ -8,6 +8,7 @@ import numpy as np
 from sast_jax import data
 from sast_jax.errors import UserError
 from sast_jax.files import atomic_write
+from sast_jax.text import align
 
 FORMATS = ("png", "gif")
 
@@ -75,13 +76,11 @@ def format_summary(summary: dict[str, Any]) -> str:
     rows.append(["of them brighter", *(f"{part['brighter']:.1%}" for part in parts.values())])
     for label, name in enumerate(parts["train"]["classes"]):
         rows.append([f"class {label}, {name}", *(str(part["classes"][name]) for part in parts.values())])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    template = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
     return "\n".join(
         [
             f"{summary['name']}: {summary['origin']}; licence {summary['licence']}",
             f"{steps} frames of {height} x {width} pixels, {length}; sensor {' x '.join(map(str, summary['sensor_size']))}",
-            *(template.format(*row).rstrip() for row in rows),
+            align(rows),
             *(f"note: {note}" for note in summary["notes"]),
         ]
     )

@@ -14,7 +14,7 @@ import sast_jax
 PACKAGE = Path("sast_jax")
 
 LAYERS = [
-    {"accumulation", "allocator", "errors"},
+    {"accumulation", "allocator", "errors", "text"},
     {"devices", "files"},
     {"compilation"},
     {"convolution", "spikes", "sam", "data.events"},

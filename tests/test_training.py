@@ -21,6 +21,7 @@ from sast_jax.training import Interrupted, init_state, make_train_step, read_met
 from sast_jax.training.build import build_train_step, load_data, make_network, make_optimizer
 from sast_jax.training.checkpoints import Checkpoints, restore
 from sast_jax.training.progress import Progress
+from sast_jax.training.together import build_train_step_together, stack
 from tests.conftest import TINY, assert_trees_equal
 
 
@@ -392,18 +393,24 @@ def test_lif_stands_between_a_users_own_layers_under_the_same_step():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize(
     "fields",
     [[], ["batch_size=4"], ["network.time_chunk=4"], ["num_microbatches=2"], ["network.features=2,9"], ["network.kind=mlp"]],
 )
-def test_largest_array_of_a_step_is_told_before_it_is_compiled(tiny, monkeypatch, fields):
+def test_largest_array_of_a_step_is_told_before_it_is_compiled(tiny, monkeypatch, fields, together):
     told = []
     monkeypatch.setattr(session, "expect_array", told.append)
     conv = ["network.kind=conv", "network.features=4,3", "dataset.num_time_steps=12", "batch_size=8"]
     config = tiny("sast", *conv, "sam.perturbation_batch_size=8", *fields)
-    task = session.Task(config)
+    task = session.Task(config, together)
     state = task.init(jax.random.key(0), None)
-    batch = take_batch(task.splits.train, np.arange(8))
-    step = build_train_step(config, task.network, task.num_steps).lower(state, batch, batch).compile().as_text()
-    shapes = re.findall(r"f32\[([\d,]+)\]", step)
+    batches = [take_batch(task.splits.train, np.arange(size * together)) for size in (config.batch_size, 8)]
+    if together == 1:
+        step = build_train_step(config, task.network, task.num_steps)
+    else:
+        state = stack([state] * together)
+        step = jax.jit(build_train_step_together([config] * together, task.network, task.num_steps))
+    text = step.lower(state, *batches).compile().as_text()
+    shapes = re.findall(r"f32\[([\d,]+)\]", text)
     assert told == [4 * max(math.prod(map(int, shape.split(","))) for shape in shapes)]

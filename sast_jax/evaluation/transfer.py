@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from sast_jax.data import BATCH_SPECS, SAMPLE_AXES, Batch, Recordings, evaluation_batches
-from sast_jax.devices import AXIS, WHOLE, place, settle
+from sast_jax.devices import WHOLE, over_devices, place, settle
 from sast_jax.evaluation.outputs import BATCH_SIZE, apply, map_recordings, predict_logits, score, sharing_devices
 from sast_jax.networks import SpikingNetwork
 
@@ -37,7 +37,7 @@ def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             sums[f"{mode}_correct"] = jnp.sum(batch.mask & (logits.argmax(-1) == batch.labels))
             sums[f"{mode}_loss"] = jnp.sum(jnp.where(batch.mask, loss, 0.0))
-        return sums if mesh is None else jax.lax.psum(sums, AXIS)
+        return over_devices(jax.lax.psum, sums, mesh)
 
     if mesh is None:
         return jax.jit(eval_step)

@@ -7,6 +7,8 @@ from typing import TextIO
 
 import numpy as np
 
+from sast_jax.text import align
+
 CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -79,8 +81,4 @@ class Board:
             ]
             for name, (num_selection, num_tested) in self._planned.items()
         ]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]
-        ]
-        return "\n".join([*lines, "", self.progress()])
+        return f"{align([header, *rows])}\n\n{self.progress()}"

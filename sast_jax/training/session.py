@@ -41,11 +41,12 @@ Result = dict[str, Any] | Diverged
 class Task:
     """What runs that differ in numbers alone have in common: the data, the network, the schedule."""
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(self, config: ml_collections.ConfigDict, together: int = 1):
         """Loads the data, and checks what can be checked before training.
 
         Args:
             config: Config of any of the runs.
+            together: Number of runs that are trained at once.
         """
         self.begin = time.monotonic()
         self.config = config
@@ -62,7 +63,7 @@ class Task:
         self.project = make_projection(config, self.network)
         tx = make_optimizer(config, self.num_steps, self.project)
         frames = take_batch(self.splits.train, np.arange(1)).frames
-        expect_array(_largest_array(config, self.network, frames.shape))
+        expect_array(_largest_array(config, self.network, frames.shape, together))
         self.init = make_init(self.network, tx, frames)
         self.target = jax.eval_shape(self.init, jax.random.key(0), None)
         refuse_too_large(self.target)
@@ -86,7 +87,7 @@ class Task:
         return descent, perturbation, is_same
 
 
-def _largest_array(config, network, shape):
+def _largest_array(config, network, shape, together):
     """Bytes of the largest array of a train step on a device of a CPU.
 
     At all time steps, or in a chunk of them, a layer's potentials; or the frames, where all steps go through one layer before
@@ -94,11 +95,14 @@ def _largest_array(config, network, shape):
     """
     num_steps, _, height, width, num_polarities = shape
     sizes = [network.num_neurons(index, height, width) for index in range(network.num_spiking)]
-    is_layer_major = network.order_on_cpu == "layer_major"  # On one device, too.
-    num_devices = 1 if is_layer_major else max(1, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
-    batch_size = max(config.batch_size, config.sam.perturbation_batch_size)
-    num_samples = math.ceil(batch_size / config.num_microbatches / num_devices)
+    is_layer_major = network.order_on_cpu == "layer_major"
     sizes.append(height * width * num_polarities if is_layer_major else 0)
+    num_devices = max(1, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
+    num_samples = max(config.batch_size, config.sam.perturbation_batch_size) // config.num_microbatches
+    if is_layer_major:
+        num_samples *= math.ceil(together / num_devices)
+    elif together == 1:  # Else each device takes its runs one after the other.
+        num_samples = math.ceil(num_samples / num_devices)
     return 4 * min(num_steps, network.time_chunk or num_steps) * num_samples * max(sizes)
 
 

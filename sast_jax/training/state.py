@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from sast_jax.accumulation import accumulate
 from sast_jax.data import BATCH_SPECS, DESCENT, PERTURBATION, SAMPLE_AXES, Batch
-from sast_jax.devices import AXIS, WHOLE
+from sast_jax.devices import WHOLE, over_devices
 from sast_jax.networks import measure_activity
 from sast_jax.sam import Ascent
 from sast_jax.spikes import Mode, SpikeFn
@@ -125,11 +124,7 @@ def make_train_step(
             metrics |= {f"spike_rate_{i}": rate, f"above_threshold_{i}": share}
         return loss, metrics
 
-    def mean(tree):
-        if mesh is None:
-            return tree
-        values, unravel = ravel_pytree(tree)  # Devices meet once, not for each array.
-        return unravel(jax.lax.pmean(values, AXIS))
+    mean = functools.partial(over_devices, jax.lax.pmean, mesh=mesh)
 
     def step(state, descent_batch, perturbation_batch):
         spikes = mode(state.step) if callable(mode) else mode
