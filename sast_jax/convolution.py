@@ -1,6 +1,7 @@
 """A convolution and a pool whose values and gradients reach the compiler in the forms that it is fast at."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 MAX_CHANNELS, MAX_FEATURES, MIN_KERNEL_WIDTH = 8, 16, 3
 """Where pairs paid in trials of kernels 3 and 5 wide: with more features, or channels, a convolution is fast as it is."""
 
-MAX_BATCH_SIZE = 16
-"""Where pairs paid in the kernel's gradient, with as many features at most; with more XLA has a fast kernel for single pixels."""
+MAX_PART, MAX_PARTS = 2**18, 8
+"""Bytes of the cotangent that a weight gradient takes at once, about, for which a core's own cache has room; the most parts."""
 
 SLOW_CALLS = jax.__version_info__ >= (0, 11)
 """Whether this version of XLA takes longer for a call of its fast kernel, of which there is one a row."""
@@ -34,8 +35,10 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
       than that. In memory such pairs are what single pixels are. Of at most half as many features they take four. All that a
       kernel's width reaches are then the channels of one pixel, and all rows of an image one, as XLA calls its fast kernel for
       each row.
-    - Weight gradients of few samples and features take pairs, too, and image gradients of few channels and features. Where
-      `SLOW_CALLS`, those reach over a kernel's width as well, and these do so with any number of features.
+    - Weight gradients of few features take pairs, too, and all that a kernel's width reaches as channels. They take some samples
+      after the others, as for each row and channel of its result that fast kernel reads the whole cotangent.
+    - Image gradients of few channels and features take pairs. Where `SLOW_CALLS`, they do with any number of features, and weight
+      gradients of many features take all samples at once.
 
     Args:
         images: `[B, H, W, C]`.
@@ -132,10 +135,8 @@ def _fwd(images, kernel):
 def _bwd(residuals, cotangent):
     images, kernel = residuals
     images_cotangent = _images_gradient(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
-    if len(images) > MAX_BATCH_SIZE or kernel.shape[-1] > MAX_FEATURES or kernel.shape[1] < MIN_KERNEL_WIDTH:
-        return images_cotangent, _kernel_gradient(images, cotangent, kernel)
     return images_cotangent, lax.platform_dependent(
-        images, cotangent, kernel, cpu=_kernel_gradient_of_pairs, default=_kernel_gradient
+        images, cotangent, kernel, cpu=_kernel_gradient_in_parts, default=_kernel_gradient
     )
 
 
@@ -152,10 +153,20 @@ def _kernel_gradient(images, cotangent, kernel):
     return _correlate(images, cotangent, _same_padding(kernel))
 
 
-def _kernel_gradient_of_pairs(images, cotangent, kernel):
-    _, back, padding = jax.vjp(lambda kernel: _kernel_of_groups(kernel, _same_padding(kernel)), kernel, has_aux=True)
-    correlate = _correlate_rows if SLOW_CALLS else _correlate
-    return back(correlate(_in_groups(images), _in_groups(cotangent), padding))[0]
+def _kernel_gradient_in_parts(images, cotangent, kernel):
+    _, width, _, features = kernel.shape
+    if features > MAX_FEATURES:
+        return _sum_of_parts(_correlate, images, cotangent, _same_padding(kernel), 1 if SLOW_CALLS else MAX_PARTS)
+    size = 1 if width < MIN_KERNEL_WIDTH else 2
+    _, back, padding = jax.vjp(lambda kernel: _kernel_of_groups(kernel, _same_padding(kernel), size), kernel, has_aux=True)
+    return back(_sum_of_parts(_correlate_rows, _in_groups(images, size), _in_groups(cotangent, size), padding, MAX_PARTS))[0]
+
+
+def _sum_of_parts(correlate, images, cotangent, padding, max_parts):
+    """`correlate` of some samples after the others: for each row and channel of its result it reads all of the cotangent."""
+    number = max(1, min(max_parts, len(images), math.ceil(cotangent.nbytes / MAX_PART)))
+    parts = zip(jnp.array_split(images, number), jnp.array_split(cotangent, number), strict=True)
+    return sum(correlate(*part, padding) for part in parts)
 
 
 def _correlate_rows(images, cotangent, padding):
