@@ -1,3 +1,5 @@
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,9 +50,13 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("slow_calls", [False, True], ids=["jax 0.10", "jax 0.11"])
+@pytest.mark.parametrize("max_part", [2**18, 1], ids=["at once", "in parts of two samples and one"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_convolution_agrees_with_its_definition_in_value_and_with_lax_in_gradient(shape, slow_calls, monkeypatch, float64):
-    monkeypatch.setattr(module, "SLOW_CALLS", slow_calls)
+def test_convolution_agrees_with_its_definition_in_value_and_with_lax_in_gradient(
+    shape, max_part, slow_calls, monkeypatch, float64
+):
+    for name, value in (("SLOW_CALLS", slow_calls), ("MAX_PART", max_part), ("MAX_PARTS", 2)):
+        monkeypatch.setattr(module, name, value)
     jax.clear_caches()  # Else what was traced before counts.
     images, kernel, cotangent = draw(*shape)
     value, gradient = jax.vjp(jax.jit(convolution), images, kernel)
@@ -77,21 +83,42 @@ def lowered(function, platform, *args):
     return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_only_cpus_take_pixels_in_pairs_in_value_and_gradient(monkeypatch):
+def kernel_gradient(images, kernel, cotangent):
+    return jax.vjp(convolution, images, kernel)[1](cotangent)[1]
+
+
+def test_only_cpus_take_pixels_in_pairs_in_value_and_gradient():
     images, kernel, cotangent = draw(8, 20, 21, (5, 5), 2, 16, np.float32)
-
-    def gradient(images, kernel, cotangent):
-        return jax.vjp(convolution, images, kernel)[1](cotangent)[1]
-
     assert "tensor<8x1x220x32xf32>" in lowered(convolution, "cpu", images, kernel)
     assert "tensor<8x1x120x32xf32>" in lowered(convolution, "cpu", images, kernel[..., :8])  # In fours.
-    for slow_calls, operand in ((False, "tensor<20x11x8x32xf32>"), (True, "tensor<1x20x88x32xf32>")):
-        monkeypatch.setattr(module, "SLOW_CALLS", slow_calls)
-        jax.clear_caches()
-        assert operand in lowered(gradient, "cpu", images, kernel, cotangent)
+    assert "tensor<1x20x88x32xf32>" in lowered(kernel_gradient, "cpu", images, kernel, cotangent)
     for platform in ("cuda", "tpu"):
         assert "x32xf32" not in lowered(convolution, platform, images, kernel)
-        assert "x32xf32" not in lowered(gradient, platform, images, kernel, cotangent)
+        assert "x32xf32" not in lowered(kernel_gradient, platform, images, kernel, cotangent)
+
+
+@pytest.mark.parametrize(
+    ("shape", "slow_calls", "part"),
+    [
+        ((17, 34, 34, (5, 5), 2, 16), False, "tensor<1x34x68x32xf32>"),  # 1.2 MiB: five parts, of four samples or three.
+        ((17, 34, 34, (5, 5), 2, 16), True, "tensor<1x34x68x32xf32>"),
+        ((80, 34, 34, (5, 5), 2, 16), False, "tensor<1x34x170x32xf32>"),  # 5.6 MiB: no more than eight.
+        ((9, 17, 17, (5, 5), 16, 32), False, "tensor<17x17x5x32xf32>"),
+        ((9, 17, 17, (5, 5), 16, 32), True, None),
+    ],
+)
+def test_only_cpus_take_the_weight_gradient_of_some_samples_after_the_others(shape, slow_calls, part, monkeypatch):
+    monkeypatch.setattr(module, "SLOW_CALLS", slow_calls)
+    jax.clear_caches()
+
+    def count_parts(platform):
+        text = lowered(kernel_gradient, platform, *draw(*shape, np.float32))
+        return text.count("stablehlo.convolution"), part is not None and part in text
+
+    num_parts = min(8, math.ceil(4 * math.prod(shape[:3]) * shape[-1] / 2**18)) if part else 1
+    # Beside them the value and the images' gradient, which nothing needs.
+    assert count_parts("cpu") == (num_parts + count_parts("cuda")[0] - 1, part is not None)
+    assert not count_parts("tpu")[1]
 
 
 @pytest.mark.parametrize("slow_calls", [False, True], ids=["jax 0.10", "jax 0.11"])
