@@ -14,6 +14,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 MAX_CHANNELS, MAX_FEATURES, MIN_KERNEL_WIDTH = 8, 16, 3
 """Where pairs paid in trials of kernels 3 and 5 wide: with more features, or channels, a convolution is fast as it is."""
 
+MAX_BATCH_SIZE, MIN_WIDTH_OF_PAIRS = 16, 5
+"""In a weight gradient of few features: with more samples XLA has a fast kernel for single pixels; from where on pairs pay."""
+
 MAX_PART, MAX_PARTS = 2**18, 8
 """Bytes of the cotangent that a weight gradient takes at once, about, for which a core's own cache has room; the most parts."""
 
@@ -35,8 +38,9 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
       than that. In memory such pairs are what single pixels are. Of at most half as many features they take four. All that a
       kernel's width reaches are then the channels of one pixel, and all rows of an image one, as XLA calls its fast kernel for
       each row.
-    - Weight gradients of few features take pairs, too, and all that a kernel's width reaches as channels. They take some samples
-      after the others, as for each row and channel of its result that fast kernel reads the whole cotangent.
+    - Weight gradients of few features take all that a kernel's width reaches as channels, too, and those of few channels and wide
+      kernels pairs. They take some samples after the others, as for each row and channel of its result that fast kernel reads the
+      whole cotangent.
     - Image gradients of few channels and features take pairs. Where `SLOW_CALLS`, they do with any number of features, and weight
       gradients of many features take all samples at once.
 
@@ -154,10 +158,13 @@ def _kernel_gradient(images, cotangent, kernel):
 
 
 def _kernel_gradient_in_parts(images, cotangent, kernel):
-    _, width, _, features = kernel.shape
+    _, width, channels, features = kernel.shape
     if features > MAX_FEATURES:
         return _sum_of_parts(_correlate, images, cotangent, _same_padding(kernel), 1 if SLOW_CALLS else MAX_PARTS)
-    size = 1 if width < MIN_KERNEL_WIDTH else 2
+    is_in_pairs = channels <= MAX_CHANNELS and width >= MIN_WIDTH_OF_PAIRS
+    if len(images) > MAX_BATCH_SIZE and not is_in_pairs:
+        return _kernel_gradient(images, cotangent, kernel)
+    size = 2 if is_in_pairs else 1
     _, back, padding = jax.vjp(lambda kernel: _kernel_of_groups(kernel, _same_padding(kernel), size), kernel, has_aux=True)
     return back(_sum_of_parts(_correlate_rows, _in_groups(images, size), _in_groups(cotangent, size), padding, MAX_PARTS))[0]
 

@@ -45,6 +45,7 @@ SHAPES = {
     },
     "more channels": (3, 7, 6, (5, 5), 10, 4),
     "more features": (3, 7, 6, (5, 5), 2, 20),
+    "more samples": (17, 5, 6, (3, 3), 2, 4),
     "more of both, odd": (3, 6, 7, (4, 4), 10, 20),
 }
 

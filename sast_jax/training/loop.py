@@ -126,7 +126,7 @@ def train_many(
         for index in left:
             programs.setdefault(program(configs[index]), []).append(index)
         for indices in programs.values():
-            task = Task(configs[indices[0]], min(together or default_together() or 1, len(indices)))
+            task = Task(configs[indices[0]], min(together or 1, len(indices)))
             for group in _groups(task, configs, workdirs, indices, together):
                 sessions = [Session(task, configs[index], workdirs[index], titles[index]) for index in group]
                 for index, result in zip(group, _train(task, sessions, show), strict=True):
