@@ -414,3 +414,19 @@ def test_largest_array_of_a_step_is_told_before_it_is_compiled(tiny, monkeypatch
     text = step.lower(state, *batches).compile().as_text()
     shapes = re.findall(r"f32\[([\d,]+)\]", text)
     assert told == [4 * max(math.prod(map(int, shape.split(","))) for shape in shapes)]
+
+
+@pytest.mark.parametrize("command", ["train --config=configs/digits.py:sast", "sweep --config=configs/study_digits.py"])
+def test_largest_array_is_told_before_jax_starts_its_threads(command, tmp_path):
+    script = f"""
+from jax._src.xla_bridge import backends_are_initialized
+from sast_jax.cli import main
+from sast_jax.training import session
+def tell(num_bytes):
+    print(num_bytes > 0, backends_are_initialized())
+    raise SystemExit
+session.expect_array = tell
+main({[*command.split(), f"--workdir={tmp_path / 'run'}"]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["True", "False"]
