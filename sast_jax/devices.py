@@ -115,7 +115,9 @@ def to_pool(x: jax.Array) -> jax.Array:
 
 
 def over_devices(reduce: Callable[..., Any], tree: Any, mesh: Mesh | None) -> Any:
-    """Returns `jax.lax.psum` or `pmean` of a tree over devices, which meet once, not for each array; integers up to 2^24.
+    """Returns `jax.lax.psum` or `pmean` of a tree over devices, which meet once, not for each array.
+
+    All arrays travel as one of a common dtype; beside float32 ones, integers are exact up to 2^24.
 
     Args:
         reduce: Either of them.
