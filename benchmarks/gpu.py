@@ -156,9 +156,11 @@ def main():
             try:
                 results[table][workload] = function(*arguments)
             except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
                 results["missing"][workload] = str(error).partition("\n")[0]
         results["seconds"] = time.monotonic() - start
-        # Whoever lends a GPU may take it back before all is measured.
+        # A GPU may be gone before all is measured.
         publish("gpu_small" if args.small else "gpu", results, markdown(results))
 
     for workload, sizes in (SMALL if args.small else WORKLOADS).items():

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 MAX_CHANNELS, MAX_FEATURES, MIN_KERNEL_WIDTH = 8, 16, 3
-"""Where pairs paid in trials of kernels 3 and 5 wide: with more features, or channels, a convolution is fast as it is."""
+"""Where pairs paid, forward and in image gradients: with more features, or channels, a convolution is fast as it is."""
 
 MAX_BATCH_SIZE, MIN_WIDTH_OF_PAIRS = 16, 5
 """In a weight gradient of few features: with more samples XLA has a fast kernel for single pixels; from where on pairs pay."""
@@ -39,8 +39,8 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
       kernel's width reaches are then the channels of one pixel, and all rows of an image one, as XLA calls its fast kernel for
       each row.
     - Weight gradients of few features take all that a kernel's width reaches as channels, too, and those of few channels and wide
-      kernels pairs. They take some samples after the others, as for each row and channel of its result that fast kernel reads the
-      whole cotangent.
+      kernels pairs. They are sums over parts of the samples, as for each row and channel of its result that fast kernel reads the
+      whole cotangent; but not of few features and more than `MAX_BATCH_SIZE` samples without pairs.
     - Image gradients of few channels and features take pairs. Where `SLOW_CALLS`, they do with any number of features, and weight
       gradients of many features take all samples at once.
 
@@ -170,7 +170,7 @@ def _kernel_gradient_in_parts(images, cotangent, kernel):
 
 
 def _sum_of_parts(correlate, images, cotangent, padding, max_parts):
-    """`correlate` of some samples after the others: for each row and channel of its result it reads all of the cotangent."""
+    """Returns the sum of `correlate` over parts of the samples."""
     number = max(1, min(max_parts, len(images), math.ceil(cotangent.nbytes / MAX_PART)))
     parts = zip(jnp.array_split(images, number), jnp.array_split(cotangent, number), strict=True)
     return sum(correlate(*part, padding) for part in parts)

@@ -126,6 +126,7 @@ def train_many(
         for index in left:
             programs.setdefault(program(configs[index]), []).append(index)
         for indices in programs.values():
+            # Not `default_together`, which would start jax before the allocator is told of the task's arrays.
             task = Task(configs[indices[0]], min(together or 1, len(indices)))
             for group in _groups(task, configs, workdirs, indices, together):
                 sessions = [Session(task, configs[index], workdirs[index], titles[index]) for index in group]
