@@ -92,8 +92,9 @@ def convolve_in_pairs(images, kernel):
     return convolution._convolve_few(images, kernel) if few else convolution._convolve(images, kernel, "SAME")
 
 
-def measure(programs):
+def measure(*workload):
     """Returns a row per kind of step and way."""
+    programs = compile_all(make_programs(*workload))
 
     def steps(program):
         for _ in range(STEPS):
@@ -164,7 +165,7 @@ def main():
         publish("gpu_small" if args.small else "gpu", results, markdown(results))
 
     for workload, sizes in (SMALL if args.small else WORKLOADS).items():
-        take("workloads", workload, lambda sizes: measure(compile_all(make_programs(*sizes))), sizes)
+        take("workloads", workload, measure, *sizes)
     numbers = (1, 2) if args.small else (1, 8, 64)
     tiny = ("network.features=2", "batch_size=4", "dataset.num_time_steps=3") if args.small else ()
     for workload, overrides in list(many_runs.WORKLOADS.items())[::2]:

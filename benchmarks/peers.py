@@ -153,16 +153,18 @@ def prepare(workload, libraries, pool):
 
 def measure(workload, children, rows, rounds, steps):
     """Times what is prepared; returns the rows, and the rounds with what was seen of the load."""
-    working = {name: child for name, child in children.items() if not child.error}
     machine = Child("floor")
     ours = [*children.values(), machine]
-    turns = [(machine, kind) for kind in MACHINE]
-    turns += [(child, kind) for name, child in working.items() for kind in KINDS if kind in rows[name]["compile_seconds"]]
+    for kind in MACHINE:
+        machine.ask("compile", kind, "-")
+    kinds = {name: [kind for kind in KINDS if kind in row.get("compile_seconds", ())] for name, row in rows.items()}
+    for child, own in [(machine, MACHINE), *((child, kinds[name]) for name, child in children.items())]:
+        for kind in own:  # In the first steps after compilation a heap still grows.
+            child.ask("warm_up", kind, "-")
+    rows |= {name: {"error": child.error} for name, child in children.items() if child.error}
+    working = {name: child for name, child in children.items() if not child.error}
+    turns = [(machine, kind) for kind in MACHINE] + [(child, kind) for name, child in working.items() for kind in kinds[name]]
     names = {id(child): name for name, child in [*working.items(), ("floor", machine)]}
-    for child, kind in turns[: len(MACHINE)]:
-        child.ask("compile", kind, "-")
-    for child, kind in turns:  # In the first steps after compilation a heap still grows.
-        child.ask("warm_up", kind, "-")
     found = []
     for number in range(rounds):
         one = {"load_average": os.getloadavg()[0], "seconds": {}}

@@ -56,10 +56,15 @@ def _number(low: float, high: float = MAX_NUMBER, *, above: bool = False) -> Fie
 
 
 def _part(least: int, allowed: str) -> Field:
-    """Two integers, or none: the first of a part and what stands behind its last, or a part's index and their number."""
+    """Two integers, or none: the first of a part and what stands behind its last, or a part's index and their number.
+
+    Args:
+        least: Of the second one.
+        allowed: In words.
+    """
 
     def is_allowed(v):
-        return not v or (len(v) == 2 and all(type(n) is int for n in v) and 0 <= v[0] < v[1] >= least)
+        return not v or (len(v) == 2 and all(type(n) is int for n in v) and 0 <= v[0] < v[1] and v[1] >= least)
 
     return Field(tuple, is_allowed, allowed)
 

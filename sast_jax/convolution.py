@@ -14,11 +14,17 @@ from jax.experimental.xla_metadata import set_xla_metadata
 MAX_CHANNELS, MAX_FEATURES, MIN_KERNEL_WIDTH = 8, 16, 3
 """Where pairs paid, forward and in image gradients: with more features, or channels, a convolution is fast as it is."""
 
-MAX_BATCH_SIZE, MIN_WIDTH_OF_PAIRS = 16, 5
-"""In a weight gradient of few features: with more samples XLA has a fast kernel for single pixels; from where on pairs pay."""
+MIN_WIDTH_OF_PAIRS = 5
+"""Width of a kernel from which on pairs paid in weight gradients: they double the products of one 3 wide."""
 
-MAX_PART, MAX_PARTS = 2**18, 8
-"""Bytes of the cotangent that a weight gradient takes at once, about, for which a core's own cache has room; the most parts."""
+MAX_BATCH_SIZE = 16
+"""With more samples XLA has a fast kernel for weight gradients of few features in single pixels."""
+
+MAX_PART = 2**18
+"""Bytes of the cotangent that a weight gradient takes at once, about: a core's own cache has room for them."""
+
+MAX_PARTS = 8
+"""Most parts, as each is compiled for itself."""
 
 SLOW_CALLS = jax.__version_info__ >= (0, 11)
 """Whether this version of XLA takes longer for a call of its fast kernel, of which there is one a row."""
@@ -179,7 +185,7 @@ def _sum_of_parts(correlate, images, cotangent, padding, max_parts):
 def _correlate_rows(images, cotangent, padding):
     """`_correlate`, where a row of all samples is contracted at once."""
     rows, sides = padding
-    channels, features, height = images.shape[-1], cotangent.shape[-1], len(images[0])
+    channels, features, height = images.shape[-1], cotangent.shape[-1], images.shape[1]
     operands = [x.transpose(1, 2, 0, 3).reshape(1, height, -1, x.shape[-1]) for x in (_within_reach(images, sides), cotangent)]
     images, cotangent = lax.optimization_barrier((operands[0].transpose(3, 0, 1, 2), operands[1]))
     kernel = _convolve(images, cotangent, [(0, 0), rows])

@@ -61,6 +61,16 @@ def is_split() -> bool:
     return _is_split and jax.default_backend() == "cpu"  # Beside a GPU nothing is trained on the CPU's.
 
 
+def num_cpu_devices() -> int:
+    """Returns into how many devices a CPU is split, or will be once jax is used."""
+    return max(1, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
+
+
+def num_sharing(num_parts: int, num_devices: int) -> int:
+    """Returns how many of some devices can have equally many of `num_parts` parts."""
+    return max(size for size in range(1, num_devices + 1) if num_parts % size == 0)
+
+
 def make_mesh(num_parts: int) -> Mesh | None:
     """Returns as many devices as can have equally many of `num_parts` parts; `None` if that is one.
 
@@ -68,7 +78,7 @@ def make_mesh(num_parts: int) -> Mesh | None:
         UserError: If there are several processes, whose devices must all take part, and cannot.
     """
     devices = jax.devices()
-    number = max(size for size in range(1, len(devices) + 1) if num_parts % size == 0)
+    number = num_sharing(num_parts, len(devices))
     if number < len(devices) and jax.process_count() > 1:
         raise UserError(
             f"batch_size: the {len(devices)} devices of {jax.process_count()} processes must have equal parts of each batch (and "
@@ -117,10 +127,10 @@ def to_pool(x: jax.Array) -> jax.Array:
 def over_devices(reduce: Callable[..., Any], tree: Any, mesh: Mesh | None) -> Any:
     """Returns `jax.lax.psum` or `pmean` of a tree over devices, which meet once, not for each array.
 
-    All arrays travel as one of a common dtype; beside float32 ones, integers are exact up to 2^24.
+    All arrays travel as one of a common dtype; beside float32 ones, sums of integers are exact up to 2^24.
 
     Args:
-        reduce: Either of them.
+        reduce: Either of them; a mean is of floating-point numbers.
         tree: Arrays, within `jax.shard_map` over the mesh.
         mesh: Devices; `None`: there is but one, and the tree is returned as it is.
     """

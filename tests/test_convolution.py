@@ -46,12 +46,13 @@ SHAPES = {
     "more channels": (3, 7, 6, (5, 5), 10, 4),
     "more features": (3, 7, 6, (5, 5), 2, 20),
     "more samples": (17, 5, 6, (3, 3), 2, 4),
+    "more samples, in pairs": (17, 5, 6, (5, 5), 2, 4),
     "more of both, odd": (3, 6, 7, (4, 4), 10, 20),
 }
 
 
 @pytest.mark.parametrize("slow_calls", [False, True], ids=["jax 0.10", "jax 0.11"])
-@pytest.mark.parametrize("max_part", [2**18, 1], ids=["at once", "in parts of two samples and one"])
+@pytest.mark.parametrize("max_part", [2**18, 1], ids=["at once", "in two parts"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_convolution_agrees_with_its_definition_in_value_and_with_lax_in_gradient(
     shape, max_part, slow_calls, monkeypatch, float64
@@ -106,9 +107,12 @@ def test_only_cpus_take_pixels_in_pairs_in_value_and_gradient():
         ((80, 34, 34, (5, 5), 2, 16), False, "tensor<1x34x170x32xf32>"),  # 5.6 MiB: no more than eight.
         ((9, 17, 17, (5, 5), 16, 32), False, "tensor<17x17x5x32xf32>"),
         ((9, 17, 17, (5, 5), 16, 32), True, None),
+        ((16, 34, 34, (3, 3), 2, 16), False, "tensor<1x34x102x16xf32>"),  # Without pairs, as kernels are narrow,
+        ((16, 34, 34, (5, 5), 9, 16), False, "tensor<1x34x102x16xf32>"),  # or channels many; with more samples
+        ((17, 34, 34, (3, 3), 2, 16), False, None),  # there is a fast kernel.
     ],
 )
-def test_only_cpus_take_the_weight_gradient_of_some_samples_after_the_others(shape, slow_calls, part, monkeypatch):
+def test_only_cpus_take_weight_gradients_in_parts_of_the_samples(shape, slow_calls, part, monkeypatch):
     monkeypatch.setattr(module, "SLOW_CALLS", slow_calls)
     jax.clear_caches()
 

@@ -416,6 +416,32 @@ def test_largest_array_of_a_step_is_told_before_it_is_compiled(tiny, monkeypatch
     assert told == [4 * max(math.prod(map(int, shape.split(","))) for shape in shapes)]
 
 
+@pytest.mark.parametrize(
+    ("fields", "together", "num_devices", "num_samples"),
+    [
+        ([], 1, 2, 4),
+        ([], 1, 3, 4),  # Two of three devices, as three cannot have equal parts.
+        (["batch_size=9", "sam.perturbation_batch_size=9"], 1, 2, 9),
+        (["sam.perturbation_batch_size=7"], 1, 2, 8),
+        (["sam.ascent=per_device"], 1, 2, 8),
+        ([], 4, 2, 8),  # One run after the other.
+        (["network.kind=mlp"], 1, 2, 8),
+        (["network.kind=mlp"], 4, 2, 16),
+        (["network.kind=mlp"], 3, 2, 24),
+    ],
+)
+def test_largest_array_is_that_of_the_device_with_most_samples(tiny, monkeypatch, fields, together, num_devices, num_samples):
+    told = []
+    monkeypatch.setattr(session, "expect_array", told.append)
+    monkeypatch.setattr(session, "num_cpu_devices", lambda: num_devices)
+    overrides = ["network.kind=conv", "network.features=200", "batch_size=8", "sam.perturbation_batch_size=8", *fields]
+    task = session.Task(tiny("sast", *overrides), together)
+    num_steps, _, height, width, _ = take_batch(task.splits.train, np.arange(1)).frames.shape
+    # Of a dense network the frames, as all steps go through its layer at once.
+    num_neurons = 2 * height * width if "network.kind=mlp" in fields else 200 * height * width
+    assert told == [4 * num_steps * num_samples * num_neurons]
+
+
 @pytest.mark.parametrize("command", ["train --config=configs/digits.py:sast", "sweep --config=configs/study_digits.py"])
 def test_largest_array_is_told_before_jax_starts_its_threads(command, tmp_path):
     script = f"""

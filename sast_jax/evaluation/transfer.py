@@ -36,7 +36,7 @@ def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
             logits = network.apply({"params": params}, batch.frames, mode).logits
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             sums[f"{mode}_correct"] = jnp.sum(batch.mask & (logits.argmax(-1) == batch.labels))
-            sums[f"{mode}_loss"] = jnp.sum(jnp.where(batch.mask, loss, 0.0))
+            sums[f"{mode}_loss"] = jnp.sum(jnp.where(batch.mask, loss.astype(jnp.float32), 0.0))
         return over_devices(jax.lax.psum, sums, mesh)
 
     if mesh is None:

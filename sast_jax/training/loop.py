@@ -24,7 +24,7 @@ from sast_jax.training.checkpoints import latest_step
 from sast_jax.training.interruption import StopRequest
 from sast_jax.training.progress import Progress
 from sast_jax.training.run import RESULTS, RUN, RUNS, check_workdir, read_json, run_members
-from sast_jax.training.session import Result, Session, Task
+from sast_jax.training.session import Result, Session, Task, cores_share_batches
 from sast_jax.training.together import (
     build_train_step_together,
     default_together,
@@ -171,9 +171,7 @@ def _groups(
 def _mesh_of_samples(task: Task) -> Mesh | None:
     """Devices that share the batches of a single run."""
     config = task.config
-    # The cores of a CPU may be left to one device: they share the few large products of dense layers well, and each would update
-    # their large weights; the other two ask for one device, and what a run computes is not to depend on the number of cores.
-    if is_split() and (config.network.kind == "mlp" or config.spikes.hard_share or config.sam.ascent == "per_device"):
+    if is_split() and not cores_share_batches(config):
         return None
     if config.spikes.hard_share and len(jax.devices()) > 1:
         message = "spikes.hard_share: each sample draws its spikes where it is, so that one device must have all of them"

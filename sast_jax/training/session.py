@@ -16,7 +16,7 @@ from sast_jax import config as config_lib
 from sast_jax.allocator import expect_array
 from sast_jax.data import DESCENT, PERTURBATION, batch_indices, take_batch
 from sast_jax.data.checks import content_ids
-from sast_jax.devices import is_first_host, memory_bytes
+from sast_jax.devices import is_first_host, memory_bytes, num_cpu_devices, num_sharing
 from sast_jax.errors import Diverged, UserError, warn
 from sast_jax.evaluation.outputs import BATCH_SIZE
 from sast_jax.evaluation.transfer import EvalStep, evaluate_transfer
@@ -63,15 +63,35 @@ class Task:
         self.project = make_projection(config, self.network)
         tx = make_optimizer(config, self.num_steps, self.project)
         frames = take_batch(self.splits.train, np.arange(1)).frames
-        expect_array(_largest_array(config, self.network, frames.shape, together))
+        own = config.sam.perturbation_batch_size if costs_a_gradient(config) else 0
+        self.perturbation_batch_size = own or config.batch_size
+        expect_array(self._largest_array(frames.shape, together))
         self.init = make_init(self.network, tx, frames)
         self.target = jax.eval_shape(self.init, jax.random.key(0), None)
         refuse_too_large(self.target)
         self.warm_start, self.warm_start_cost = load_warm_start(config.warm_start, self.target.params, self.data)
         self.perturbs = sam_schedule(config, self.num_steps)
-        own = config.sam.perturbation_batch_size if costs_a_gradient(config) else 0
-        self.perturbation_batch_size = own or config.batch_size
         self._contents = content_ids(self.splits.train)
+
+    def _largest_array(self, shape, together):
+        """Bytes of the largest array of a train step on a device of a CPU.
+
+        At all time steps, or in a chunk of them, a layer's potentials; or the frames, where all steps go through one layer before
+        the next.
+        """
+        config, network = self.config, self.network
+        num_steps, _, height, width, num_polarities = shape
+        sizes = [network.num_neurons(index, height, width) for index in range(network.num_spiking)]
+        is_layer_major = network.order_on_cpu == "layer_major"
+        sizes.append(height * width * num_polarities if is_layer_major else 0)
+        num_devices = num_cpu_devices()
+        batch_sizes = config.batch_size, self.perturbation_batch_size
+        num_samples = max(batch_sizes) // config.num_microbatches
+        if together > 1:  # If layer by layer, those of a device at once, else one after the other.
+            num_samples *= together // num_sharing(together, num_devices) if is_layer_major else 1
+        elif cores_share_batches(config):
+            num_samples //= num_sharing(math.gcd(*batch_sizes) // config.num_microbatches, num_devices)
+        return 4 * min(num_steps, network.time_chunk or num_steps) * num_samples * max(sizes)
 
     def draw(self, seed: int, step: int) -> tuple[np.ndarray, np.ndarray | None, bool]:
         """Returns the samples of a step's batches, the second if it has one of its own, and whether their frames are equal."""
@@ -87,23 +107,11 @@ class Task:
         return descent, perturbation, is_same
 
 
-def _largest_array(config, network, shape, together):
-    """Bytes of the largest array of a train step on a device of a CPU.
-
-    At all time steps, or in a chunk of them, a layer's potentials; or the frames, where all steps go through one layer before
-    the next.
-    """
-    num_steps, _, height, width, num_polarities = shape
-    sizes = [network.num_neurons(index, height, width) for index in range(network.num_spiking)]
-    is_layer_major = network.order_on_cpu == "layer_major"
-    sizes.append(height * width * num_polarities if is_layer_major else 0)
-    num_devices = max(1, jax.config.jax_num_cpu_devices)  # type: ignore[attr-defined]
-    num_samples = max(config.batch_size, config.sam.perturbation_batch_size) // config.num_microbatches
-    if is_layer_major:
-        num_samples *= math.ceil(together / num_devices)
-    elif together == 1:  # Else each device takes its runs one after the other.
-        num_samples = math.ceil(num_samples / num_devices)
-    return 4 * min(num_steps, network.time_chunk or num_steps) * num_samples * max(sizes)
+def cores_share_batches(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether the cores of a CPU, as devices, share the batches of a single run."""
+    # They share the few large products of dense layers well as they are, and each would update their large weights; the other two
+    # ask for one device, and what a run computes is not to depend on the number of cores.
+    return not (config.network.kind == "mlp" or config.spikes.hard_share or config.sam.ascent == "per_device")
 
 
 class Session:
