@@ -1,7 +1,6 @@
 """A convolution and a pool whose values and gradients reach the compiler in the forms that it is fast at."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +45,9 @@ def convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
       each row.
     - Weight gradients of few features take all that a kernel's width reaches as channels, too, and those of few channels and wide
       kernels pairs. They are sums over parts of the samples, as for each row and channel of its result that fast kernel reads the
-      whole cotangent; but not of few features and more than `MAX_BATCH_SIZE` samples without pairs.
+      whole cotangent; but not of few features and more than `MAX_BATCH_SIZE` samples without pairs. Parts have even numbers of
+      samples, with one of zeros where it must be: of an odd number, with vectors of 512 bits and few features, that kernel takes
+      several times as long.
     - Image gradients of few channels and features take pairs. Where `SLOW_CALLS`, they do with any number of features, and weight
       gradients of many features take all samples at once.
 
@@ -169,17 +170,22 @@ def _kernel_gradient_in_parts(images, cotangent, kernel):
         return _sum_of_parts(_correlate, images, cotangent, _same_padding(kernel), 1 if SLOW_CALLS else MAX_PARTS)
     is_in_pairs = channels <= MAX_CHANNELS and width >= MIN_WIDTH_OF_PAIRS
     if len(images) > MAX_BATCH_SIZE and not is_in_pairs:
-        return _kernel_gradient(images, cotangent, kernel)
+        return _sum_of_parts(_correlate, images, cotangent, _same_padding(kernel), 1)
     size = 2 if is_in_pairs else 1
     _, back, padding = jax.vjp(lambda kernel: _kernel_of_groups(kernel, _same_padding(kernel), size), kernel, has_aux=True)
     return back(_sum_of_parts(_correlate_rows, _in_groups(images, size), _in_groups(cotangent, size), padding, MAX_PARTS))[0]
 
 
 def _sum_of_parts(correlate, images, cotangent, padding, max_parts):
-    """Returns the sum of `correlate` over parts of the samples."""
-    number = max(1, min(max_parts, len(images), math.ceil(cotangent.nbytes / MAX_PART)))
-    parts = zip(jnp.array_split(images, number), jnp.array_split(cotangent, number), strict=True)
-    return sum(correlate(*part, padding) for part in parts)
+    """Returns the sum of `correlate` over parts of the samples, of even numbers of them."""
+    number = len(images)
+    size = 2
+    while size < number and (2 * size * cotangent.nbytes <= number * MAX_PART or size * max_parts < number):
+        size *= 2
+    if number > 1:
+        images, cotangent = (jnp.pad(x, [(0, number % 2)] + 3 * [(0, 0)]) for x in (images, cotangent))
+    parts = [slice(start, start + size) for start in range(0, max(1, number), size)]
+    return sum(correlate(images[part], cotangent[part], padding) for part in parts)
 
 
 def _correlate_rows(images, cotangent, padding):
