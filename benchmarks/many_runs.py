@@ -15,7 +15,7 @@ import os
 
 import jax
 import numpy as np
-from publish import publish
+from publish import processor, publish
 from train_step import Program, compile_all
 from turns import take_turns
 
@@ -99,8 +99,8 @@ def markdown(tables, settings):
     fitting = ", ".join(str(rows[-1]["fitting"]) for rows in tables.values())
     lines.append(
         f"\nSAST with an independent batch; median over {settings['rounds']} rounds of the time over that of a single run in the "
-        f"same round. {settings['environment']['device']}, {settings['environment']['num_cores']} cores, load "
-        f"{settings['load']:.1f} at the start. By the compiler's own account {fitting} runs would fit in "
+        f"same round. {settings['environment']['num_cores']} {settings['processor']} cores, "
+        f"load {settings['load']:.1f} at the start. By the compiler's own account {fitting} runs would fit in "
         f"{MEMORY_SHARE:.0%} of the memory."
     )
     return "\n".join(lines) + "\n"
@@ -115,7 +115,7 @@ def main():
     keep_freed_memory()
     split_cpu()
     numbers = [int(number) for number in args.runs.split(",")]
-    settings = {"rounds": args.rounds, "load": os.getloadavg()[0], "environment": environment()}
+    settings = {"rounds": args.rounds, "load": os.getloadavg()[0], "processor": processor(), "environment": environment()}
     tables = {}
     for name, overrides in WORKLOADS.items():
         tables[name] = measure(overrides, numbers, args.rounds)

@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from peer_networks import CORES, LIBRARIES, MACHINE, ON_GPU, OWN_WAYS, WORKLOADS
-from publish import publish
+from publish import processor, publish
 
 KINDS = {"train": "train step, ms", "sast": "SAST step, ms", "infer": "inference, ms"}
 QUIET = 0.1
@@ -252,8 +251,7 @@ def device_name():
     """Of the GPU, or the processor."""
     if ON_GPU:
         return subprocess.check_output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], text=True).splitlines()[0]
-    facts = dict(re.findall(r"^([\w ]+?)\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M))
-    return f"{facts.get('model name', '')} (family {facts.get('cpu family')}, model {facts.get('model')})"
+    return processor()
 
 
 def main():

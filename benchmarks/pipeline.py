@@ -19,7 +19,7 @@ import grain
 import jax
 import numpy as np
 import tonic
-from publish import publish
+from publish import processor, publish
 
 from sast_jax.config import load_configs
 from sast_jax.data import DESCENT, Prefetch, batch_indices, make_take, sensor_size, take_batch
@@ -204,7 +204,7 @@ def main():
     if not Path(os.environ.get("SAST_JAX_DATA", "")).is_dir():
         parser.error("the environment variable SAST_JAX_DATA must name the folder of NMNIST/ and DVSGesture/")
     environment = {
-        "device": jax.devices()[0].device_kind,
+        "device": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         "jax": jax.__version__,

@@ -15,9 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from publish import publish
-
-from sast_jax.training.run import environment
+from publish import processor, publish
 
 IMPORTS = {
     "`import jax, flax.linen`": "import jax, flax.linen",
@@ -47,7 +45,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--trainings", type=int, default=3)
     args = parser.parse_args()
-    settings = {"rounds": args.rounds, "trainings": args.trainings, "load": os.getloadavg()[0], "environment": environment()}
+    settings = {"rounds": args.rounds, "trainings": args.trainings, "load": os.getloadavg()[0], "processor": processor()}
     seconds = {name: [] for name in IMPORTS}
     for _ in range(args.rounds + 1):
         for name, code in IMPORTS.items():
@@ -68,10 +66,10 @@ def markdown(seconds, settings):
     for title, values in seconds.items():
         reference = seconds[next(iter(IMPORTS)) if title in IMPORTS else COMPILED]
         lines.append(f"| {title} | {np.median(values):.1f} | {np.median(np.divide(values, reference)):.2f}x |")
-    cores, load = settings["environment"]["num_cores"], settings["load"]
+    machine = f"{len(os.sched_getaffinity(0))} {settings['processor']} cores"
     lines.append(
         f"\nMedians over {settings['rounds']} rounds of imports and {settings['trainings']} of trainings; ratios, of the same "
-        f"round, to the first import and to the first training. {cores} cores, load {load:.1f} at the start."
+        f"round, to the first import and to the first training. {machine}, load {settings['load']:.1f} at the start."
     )
     return "\n".join(lines) + "\n"
 

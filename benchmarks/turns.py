@@ -7,6 +7,7 @@ import time
 
 import jax
 import numpy as np
+from publish import processor
 
 from sast_jax.allocator import keep_freed_memory
 
@@ -42,7 +43,7 @@ def begin(description):
     rounds = parser.parse_args().rounds
     keep_freed_memory()
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
         "load_average": os.getloadavg()[0],
