@@ -402,8 +402,8 @@ class SpikingMLP(SpikingNetwork):
         return 1
 
     def num_neurons(self, index: int, height: int, width: int) -> int:
-        """As many as features, whatever the size."""
-        return self.features[index]
+        """As many as features, or classes, whatever the size."""
+        return (*self.features, self.num_classes)[index]
 
 
 class SpikingConvNet(SpikingNetwork):
@@ -451,7 +451,9 @@ class SpikingConvNet(SpikingNetwork):
         return self.pool_size**2 if index > 0 else 1
 
     def num_neurons(self, index: int, height: int, width: int) -> int:
-        """As many as features and pixels, which each pool leaves fewer of."""
+        """As many as features and pixels, which each pool leaves fewer of, or as classes."""
+        if index == len(self.features):
+            return self.num_classes
         return self.features[index] * (height // self.pool_size**index) * (width // self.pool_size**index)
 
 

@@ -1,3 +1,4 @@
+import math
 import re
 
 import jax
@@ -90,6 +91,15 @@ def test_network_without_layers_is_affine_in_the_mean_of_frames_of_any_dtype(net
     logits = net.apply({"params": params}, frames.astype(np.uint8), "hard").logits
     expected = frames.mean(0).reshape(2, -1) @ params["readout"]["kernel"] + params["readout"]["bias"]
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("readout", ["leaky", "rate"])
+@pytest.mark.parametrize(("network", "sizes"), NETWORKS)
+def test_number_of_neurons_is_that_of_the_spikes_of_each_layer(network, sizes, readout, frames):
+    network = network(**sizes, readout=readout)
+    output, _ = network.init_with_output(jax.random.key(0), frames)
+    expected = [math.prod(spikes.shape[2:]) for spikes in output.spikes]
+    assert [network.num_neurons(index, *frames.shape[2:4]) for index in range(network.num_spiking)] == expected
 
 
 def test_weights_are_a_plain_tree_with_stated_names(frames):

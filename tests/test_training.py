@@ -396,7 +396,8 @@ def test_lif_stands_between_a_users_own_layers_under_the_same_step():
 @pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize(
     "fields",
-    [[], ["batch_size=4"], ["network.time_chunk=4"], ["num_microbatches=2"], ["network.features=2,9"], ["network.kind=mlp"]],
+    [[], ["batch_size=4"], ["network.time_chunk=4"], ["num_microbatches=2"], ["network.features=2,9"], ["network.kind=mlp"]]
+    + [["network.readout=rate", f"network.kind={kind}"] for kind in ("conv", "mlp")],
 )
 def test_largest_array_of_a_step_is_told_before_it_is_compiled(tiny, monkeypatch, fields, together):
     told = []
