@@ -24,8 +24,8 @@ DECAY, SLOPE, RHO, LEARNING_RATE, NUM_CLASSES, KERNEL, POOL = 0.9, 2.0, 0.1, 1e-
 CORES = len(os.sched_getaffinity(0))
 ON_GPU = os.environ.get("PEERS_DEVICE") == "gpu"
 """Set by the parent, for all libraries alike."""
-WARM_UP = 0.3
-"""Seconds of steps before the first round, for each kind of step."""
+WARM_UP = 2.0
+"""Seconds of steps before the first round, for each kind of step. Heaps still grow in the first of them."""
 
 
 class Workload(NamedTuple):

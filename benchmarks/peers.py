@@ -8,7 +8,8 @@ the same `pip install`, or a package that asks for torchvision replaces it. Each
 and wait for each other: first each warms up, then in each round a process takes one step that is not timed and some that are.
 What other programs take of the processors is measured in each round, and rounds with foreign load are left out where enough are
 quiet. Logits and gradients are compared with those of sast_jax before anything is timed. Libraries that are missing get a row
-that says so. Writes `benchmarks/results/peers.json` and `.md`, and the table into `docs/results.md`.
+that says so. Writes `benchmarks/results/peers_cpu_FAMILY_MODEL.json` and `.md`, the numbers of the processor, and a line per network and
+processor into `docs/results.md`; on a GPU `peers_gpu`, all of it on that page.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from peer_networks import CORES, LIBRARIES, MACHINE, ON_GPU, OWN_WAYS, WORKLOADS
-from publish import processor, publish
+from publish import RESULTS, processor, publish
 
 KINDS = {"train": "train step, ms", "sast": "SAST step, ms", "infer": "inference, ms"}
 QUIET = 0.1
@@ -187,7 +189,7 @@ def measure(workload, children, rows, rounds, steps):
         if (name, kind) in times:
             row = rows[name].setdefault(kind, {})
             row["milliseconds"] = quartiles(times[name, kind], 1e3)
-            row["ratio"] = quartiles(times[name, kind] / times["sast_jax", kind])[1]
+            row["ratio"] = quartiles(times[name, kind] / times["sast_jax", kind])
     peaks = {kind: work / float(np.median(times["floor", kind])) for kind, work in MACHINE.items()}
     floor = {"gigaflops": round(peaks["matmul"] / 1e9, 1), "gigabytes_per_second": round(peaks["copy"] / 1e9, 2)}
     for kind in KINDS:
@@ -202,7 +204,7 @@ def cell(row, kind):
     if kind not in row:
         return ""
     low, median, high = row[kind]["milliseconds"]
-    return f"{median:.4g} ({low:.4g} - {high:.4g}), {row[kind]['ratio']:.2f}x"
+    return f"{median:.4g} ({low:.4g} - {high:.4g}), {row[kind]['ratio'][1]:.2f}x"
 
 
 def markdown(tables, environment):
@@ -247,6 +249,22 @@ def markdown(tables, environment):
     return "\n".join(lines) + "\n"
 
 
+def summary(results):
+    """One line per processor and network: the nearest other library in each kind of step, and what sast_jax reaches of the floor."""
+    lines = ["| processor | network | nearest other library, train steps | SAST steps | inference | of the floor, % |", "|---" * 6 + "|"]
+    for one in results:
+        for workload, table in one["workloads"].items():
+            rows = {name: row for name, row in table["rows"].items() if name != "sast_jax"}
+            cells, reached = [], []
+            for kind in KINDS:
+                nearest = min((name for name, row in rows.items() if kind in row), key=lambda name: rows[name][kind]["ratio"][1])
+                low, ratio, high = rows[nearest][kind]["ratio"]
+                cells.append(f"{nearest.removeprefix('plain PyTorch, ')} {ratio:.2f} ({low:.2f} - {high:.2f})")
+                reached.append(f"{100 * table['floor'][kind]['milliseconds'] / table['rows']['sast_jax'][kind]['milliseconds'][1]:.0f}")
+            lines.append(f"| {one['environment']['device']} | {workload} | {' | '.join(cells)} | {' / '.join(reached)} |")
+    return "\n".join(lines) + "\n"
+
+
 def device_name():
     """Of the GPU, or the processor."""
     if ON_GPU:
@@ -278,9 +296,12 @@ def main():
             print(name, flush=True)
             wait(prepared.values())
             tables[name] = measure(name, children, rows, args.rounds, args.steps)
-            file = "peers_gpu" if ON_GPU else "peers"
             if ON_GPU or name == workloads[-1]:  # Time on a GPU may be over before all is measured.
+                file = "peers_gpu" if ON_GPU else "peers_cpu_" + "_".join(re.findall(r"\d+", device_name().rpartition("(")[2]))
                 publish(file, {"environment": environment, "workloads": tables}, markdown(tables, environment))
+    if not ON_GPU:
+        results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("peers_cpu_*.json"))]
+        publish("peers", {"tables": [one["environment"]["device"] for one in results]}, summary(results))
 
 
 if __name__ == "__main__":
