@@ -8,8 +8,8 @@ the same `pip install`, or a package that asks for torchvision replaces it. Each
 and wait for each other: first each warms up, then in each round a process takes one step that is not timed and some that are.
 What other programs take of the processors is measured in each round, and rounds with foreign load are left out where enough are
 quiet. Logits and gradients are compared with those of sast_jax before anything is timed. Libraries that are missing get a row
-that says so. Writes `benchmarks/results/peers_cpu_FAMILY_MODEL.json` and `.md`, the numbers of the processor, and a line per network and
-processor into `docs/results.md`; on a GPU `peers_gpu`, all of it on that page.
+that says so. Writes `benchmarks/results/peers_cpu_FAMILY_MODEL.json` and `.md`, the numbers of the processor, and a line per
+network and processor into `docs/results.md`; on a GPU `peers_gpu`, all of it on that page.
 """
 
 import argparse
@@ -250,17 +250,23 @@ def markdown(tables, environment):
 
 
 def summary(results):
-    """One line per processor and network: the nearest other library in each kind of step, and what sast_jax reaches of the floor."""
-    lines = ["| processor | network | nearest other library, train steps | SAST steps | inference | of the floor, % |", "|---" * 6 + "|"]
+    """One line per processor and network: the nearest other library in each kind of step, and how near the floor sast_jax is."""
+    heading = "| processor | network | nearest other library, train steps | SAST steps | inference | of the floor, % |"
+    lines = [heading, "|---" * 6 + "|"]
     for one in results:
         for workload, table in one["workloads"].items():
             rows = {name: row for name, row in table["rows"].items() if name != "sast_jax"}
             cells, reached = [], []
             for kind in KINDS:
-                nearest = min((name for name, row in rows.items() if kind in row), key=lambda name: rows[name][kind]["ratio"][1])
-                low, ratio, high = rows[nearest][kind]["ratio"]
+                own = table["rows"]["sast_jax"][kind]["milliseconds"][1]
+                reached.append(f"{100 * table['floor'][kind]['milliseconds'] / own:.0f}")
+                ratios = {name: row[kind]["ratio"] for name, row in rows.items() if kind in row}
+                if not ratios:
+                    cells.append("none measured")
+                    continue
+                nearest = min(ratios, key=lambda name: ratios[name][1])
+                low, ratio, high = ratios[nearest]
                 cells.append(f"{nearest.removeprefix('plain PyTorch, ')} {ratio:.2f} ({low:.2f} - {high:.2f})")
-                reached.append(f"{100 * table['floor'][kind]['milliseconds'] / table['rows']['sast_jax'][kind]['milliseconds'][1]:.0f}")
             lines.append(f"| {one['environment']['device']} | {workload} | {' | '.join(cells)} | {' / '.join(reached)} |")
     return "\n".join(lines) + "\n"
 
