@@ -6,7 +6,7 @@ FOLDER holds the recordings as tonic distributes them (ibmGestureTrain/, ibmGest
 (userNN_<light>.aedat with userNN_<light>_labels.csv), whole or in part. Users 24 to 29 are the test part. The authors' files
 hold 1,176 training and 288 test gestures, tonic's 1,077 and 264.
 
-Nothing has been measured with this config: only ten recordings were at hand, on which it was seen to run. Convolutional
+No accuracy has been measured with this config: only ten recordings were at hand, on which it was seen to run. Convolutional
 networks of about this size are published at 93 to 97 % test accuracy (93.6 % by Shrestha, Orchard, SLAYER, NeurIPS 2018). The
 variant small (and small_baseline, small_sast, ...) is the network of configs/nmnist.py on 32 x 32 pixels, the size that the 63 %
 of the SAST papers suggest.
