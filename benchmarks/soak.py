@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import jax
@@ -103,8 +104,8 @@ def main():
     """Trains, and writes the table and the figure."""
     results = {}
     for name, every in CHECKPOINTS.items():
-        with multiprocessing.get_context("spawn").Pool(1) as process:
-            rows = process.apply(watch, (every,))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            rows = process.submit(watch, every).result()
         results[name] = summarize(rows) | {"epochs": rows}
     plot(results, RESULTS / "soak.png")
     first = next(iter(results.values()))
