@@ -9,7 +9,7 @@ and wait for each other: first each warms up, then in each round a process takes
 What other programs take of the processors is measured in each round, and rounds with foreign load are left out where enough are
 quiet. Logits and gradients are compared with those of sast_jax before anything is timed. Libraries that are missing get a row
 that says so. Writes `benchmarks/results/peers_cpu_FAMILY_MODEL.json` and `.md`, the numbers of the processor, and a line per
-network and processor into `docs/results.md`; on a GPU `peers_gpu`, all of it on that page.
+network and processor into `docs/results.md`; on a GPU `peers_gpu.json` and `.md`. Not all libraries or networks are printed only.
 """
 
 import argparse
@@ -251,7 +251,7 @@ def markdown(tables, environment):
 
 def summary(results):
     """One line per processor and network: the nearest other library in each kind of step, and how near the floor sast_jax is."""
-    heads = "nearest other library, train steps | SAST steps | inference | share of the floor, %: train / SAST / inference"
+    heads = "fastest other library, train steps | SAST steps | inference | share of the floor, %: train / SAST / inference"
     lines = [f"| processor | network | {heads} |", "|---" * 6 + "|"]
     for one in results:
         for workload, table in one["workloads"].items():
@@ -302,12 +302,18 @@ def main():
             print(name, flush=True)
             wait(prepared.values())
             tables[name] = measure(name, children, rows, args.rounds, args.steps)
-            if ON_GPU or name == workloads[-1]:  # Time on a GPU may be over before all is measured.
-                file = "peers_gpu" if ON_GPU else "peers_cpu_" + "_".join(re.findall(r"\d+", device_name().rpartition("(")[2]))
-                publish(file, {"environment": environment, "workloads": tables}, markdown(tables, environment))
-    if not ON_GPU:
+            if ON_GPU:  # Time may be over before all is measured.
+                publish("peers_gpu", {"environment": environment, "workloads": tables}, markdown(tables, environment))
+    if ON_GPU:
+        return
+    one = {"environment": environment, "workloads": tables}
+    if {*libraries} == {*LIBRARIES} and {*workloads} == {*WORKLOADS}:
+        number = "_".join(re.findall(r"\d+", device_name().rpartition("(")[2]))
+        publish(f"peers_cpu_{number}", one, markdown(tables, environment))
         results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("peers_cpu_*.json"))]
         publish("peers", {"tables": [one["environment"]["device"] for one in results]}, summary(results))
+    else:
+        print(markdown(tables, environment), summary([one]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def watch(checkpoint_every_epochs):
 
 
 def summarize(rows):
-    """What must stay flat: medians of epochs 2 to 21 and of the last twenty; growth over the second half."""
+    """Medians of epochs 2 to 21 and of the last twenty, growth of memory over the second half, programs compiled."""
     step, megabytes, seconds, compiled = np.array(rows).T
     half = len(rows) // 2
     return {

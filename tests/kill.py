@@ -308,15 +308,14 @@ def main():
         "went to their end, equal to an uninterrupted one",
     )
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|"]
-    first = next(iter(results))
     for name, seen in results.items():
         kills = seen["kills"]
         lines.append(f"| {name} | {kills['after a time']} | {kills['at a file operation']} | {seen['finished']} |")
     lines.append(
         "\nAfter each kill every file that has its final name was read and found whole, and no checkpoint had been lost; every "
         "command ended in the weights, results, cache, graph or page of one that was never killed. Kills fall from the start of "
-        "Python to the last of a command's file operations, of which "
-        + ", ".join(f"{name}{' has' * (name == first)} {seen['file_operations']}" for name, seen in results.items())
+        "Python to the last of a command's file operations, of which there are "
+        + ", ".join(f"{seen['file_operations']} in {name}" for name, seen in results.items())
         + "."
     )
     publish("kill", {"seed": args.seed, "environment": environment(), "cases": results}, "\n".join(lines) + "\n")
