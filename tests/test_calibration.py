@@ -34,7 +34,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def params(samples):
-    return NETWORK.init(jax.random.key(1), samples.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
+    return jax.jit(NETWORK.init)(jax.random.key(1), samples.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
 
 
 @given(arrays(np.float64, (20, 3), elements=st.floats(0.01, 1.0)), st.integers(1, 20))

@@ -25,7 +25,7 @@ def frames():
 
 
 def init(network, frames):
-    return network.init(jax.random.key(0), frames)["params"]
+    return jax.jit(network.init)(jax.random.key(0), frames)["params"]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_bfloat16_is_of_all_products_but_the_readouts_and_its_gradient_close(net
     gradients = {}
     for precision in ("float32", "bfloat16"):
         net = network(**sizes, order=order, precision=precision)
-        output = net.apply({"params": params}, frames)
+        output = jax.jit(net.apply)({"params": params}, frames)
         assert {x.dtype for x in jax.tree.leaves(output)} == {jnp.dtype(jnp.float32)}
 
         def loss(params, net=net):
@@ -306,7 +306,7 @@ def test_bfloat16_is_of_all_products_but_the_readouts_and_its_gradient_close(net
         assert len(products) > 2 + (order == "layer_major")
         assert len(in_float32) == (2 + (order == "layer_major") if precision == "bfloat16" else len(products))
         assert sum(f",{net.num_classes}] = " in line for line in in_float32) == 2
-        gradients[precision] = jax.grad(loss)(params)
+        gradients[precision] = jax.jit(jax.grad(loss))(params)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradients))
     exact, rounded = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in gradients.values())
     error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)

@@ -81,7 +81,7 @@ def test_currents_of_another_dtype_are_scanned(float64):
 def test_network_on_kernels_equals_the_one_on_scans():
     frames = (np.random.default_rng(0).random((5, 2, 9, 8, 2)) < 0.3).astype(np.float32)
     sizes = {"num_classes": 3, "features": (4, 5), "kernel_size": 3}
-    params = SpikingConvNet(**sizes).init(jax.random.key(0), frames)["params"]
+    params = jax.jit(SpikingConvNet(**sizes).init)(jax.random.key(0), frames)["params"]
     results = []
     for choice in ({"time_loop": "scan"}, {"time_loop": "pallas"}, {"time_loop": "pallas", "time_chunk": 2}):
         net = SpikingConvNet(**sizes, **choice)

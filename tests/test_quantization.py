@@ -23,7 +23,7 @@ def samples():
 
 
 def init(network, recordings, seed=0):
-    params = network.init(jax.random.key(seed), take_batch(recordings, np.arange(1)).frames.astype(np.float32))["params"]
+    params = jax.jit(network.init)(jax.random.key(seed), take_batch(recordings, np.arange(1)).frames.astype(np.float32))["params"]
     rng = np.random.default_rng(seed)
     return {
         name: {"kernel": np.array(layer["kernel"]), "bias": rng.normal(0, 0.1, layer["bias"].shape).astype(np.float32)}

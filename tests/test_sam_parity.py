@@ -90,7 +90,7 @@ def spiking_loss(network):
         return optax.softmax_cross_entropy_with_integer_labels(logits, y[:4]).mean()
 
     def init(rng):
-        params = network.init(jax.random.key(int(rng.integers(1000))), frames)["params"]
+        params = jax.jit(network.init)(jax.random.key(int(rng.integers(1000))), frames)["params"]
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
 
     return init, loss

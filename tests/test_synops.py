@@ -85,7 +85,7 @@ def test_counts_equal_a_walk_over_every_event_and_weight(kernel_size):
 
 def test_event_counts_in_frames_need_multiplications(recordings):
     net = SpikingMLP(num_classes=3, features=(4,))
-    params = net.init(jax.random.key(0), recordings.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
+    params = jax.jit(net.init)(jax.random.key(0), recordings.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
     layers = [
         evaluate_synops(net, params, recordings._replace(frames=frames))["layers"]["dense_0"]
         for frames in (recordings.frames, np.minimum(recordings.frames, 1))
@@ -98,7 +98,7 @@ def test_event_counts_in_frames_need_multiplications(recordings):
 
 def test_counts_do_not_depend_on_the_batches(recordings, monkeypatch):
     net = SpikingConvNet(num_classes=3, features=(2,), kernel_size=3)
-    params = net.init(jax.random.key(0), recordings.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
+    params = jax.jit(net.init)(jax.random.key(0), recordings.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
     whole = evaluate_synops(net, params, recordings)
     monkeypatch.setattr("sast_jax.evaluation.synops.BATCH_SIZE", 3)
     assert evaluate_synops(net, params, Recordings(*recordings)) == whole

@@ -32,7 +32,7 @@ def slow(*values):
 
 
 def init(network, shape, seed=0, scale=1.0):
-    params = network.init(jax.random.key(seed), jnp.zeros((1, 1, *shape)))["params"]
+    params = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, 1, *shape)))["params"]
     # Biases too, which are 0 at first.
     flat, unravel = ravel_pytree(params)
     noise = 0.2 * jax.random.normal(jax.random.key(seed + 1), flat.shape)
@@ -43,7 +43,8 @@ def as_matrix(network, params, index, shape):
     """The synapse of a layer as an explicit matrix, from unit vectors."""
     bound, size = network.bind({"params": params}), int(np.prod(shape))
     unit = jnp.eye(size).reshape(size, *shape)
-    return np.asarray((bound.current(index, unit) - bound.current(index, 0 * unit)).reshape(size, -1), float).T
+    columns = jax.jit(lambda unit: bound.current(index, unit) - bound.current(index, 0 * unit))(unit)
+    return np.asarray(columns.reshape(size, -1), float).T
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_certified_decisions_are_those_of_hard_spikes(reset, readout):
     @jax.jit
     @jax.vmap
     def check(key):
-        params = network.init(key, frames[:1])["params"]
+        params = jax.jit(network.init)(key, frames[:1])["params"]
         smooth = network.apply({"params": params}, frames).logits
         hard = network.apply({"params": params}, frames, "hard").logits
         return certify_agreement(network, params, frames), smooth.argmax(-1), hard.argmax(-1)
@@ -265,7 +266,7 @@ def test_nothing_is_certified_where_the_swap_decides_otherwise():
 
 
 def _decide(network, frames, key):
-    params = network.init(key, frames)["params"]
+    params = jax.jit(network.init)(key, frames)["params"]
     certificate = certify_agreement(network, params, frames)
     return certificate.ratio, network.apply({"params": params}, frames, "hard").logits.argmax(-1) != certificate.decision
 

@@ -330,7 +330,7 @@ def test_gradient_at_the_perturbed_weights_that_is_not_finite_stops_the_run_befo
 
 def test_evaluation_does_not_depend_on_the_batch_size(recordings):
     network = SpikingMLP(7, features=(9,))
-    params = network.init(jax.random.key(0), jnp.zeros((3, 1, 4, 4, 2)))["params"]
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((3, 1, 4, 4, 2)))["params"]
     results = [evaluate_transfer(make_eval_step(network), params, recordings, size) for size in (1, 2, 7, 100)]
     for result in results[1:]:
         assert result == pytest.approx(results[0])

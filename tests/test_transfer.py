@@ -25,7 +25,7 @@ def samples():
 
 
 def init(network, samples):
-    return network.init(jax.random.key(0), samples.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
+    return jax.jit(network.init)(jax.random.key(0), samples.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
 
 
 def test_batches_do_not_change_what_recordings_give(samples):
