@@ -9,7 +9,8 @@ and wait for each other: first each warms up, then in each round a process takes
 What other programs take of the processors is measured in each round, and rounds with foreign load are left out where enough are
 quiet. Logits and gradients are compared with those of sast_jax before anything is timed. Libraries that are missing get a row
 that says so. Writes `benchmarks/results/peers_cpu_FAMILY_MODEL.json` and `.md`, the numbers of the processor, and a line per
-network and processor into `docs/results.md`; on a GPU `peers_gpu.json` and `.md`. Not all libraries or networks are printed only.
+network and processor into `docs/results.md`; on a GPU `peers_gpu.json` and `.md`. On a CPU, a run of some libraries or
+networks only prints.
 """
 
 import argparse
@@ -250,7 +251,7 @@ def markdown(tables, environment):
 
 
 def summary(results):
-    """One line per processor and network: the nearest other library in each kind of step, and how near the floor sast_jax is."""
+    """One line per processor and network: the fastest other library in each kind of step, and how near the floor sast_jax is."""
     heads = "fastest other library, train steps | SAST steps | inference | share of the floor, %: train / SAST / inference"
     lines = [f"| processor | network | {heads} |", "|---" * 6 + "|"]
     for one in results:

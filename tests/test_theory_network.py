@@ -241,7 +241,7 @@ def test_certified_decisions_are_those_of_hard_spikes(reset, readout):
     @jax.jit
     @jax.vmap
     def check(key):
-        params = jax.jit(network.init)(key, frames[:1])["params"]
+        params = network.init(key, frames[:1])["params"]
         smooth = network.apply({"params": params}, frames).logits
         hard = network.apply({"params": params}, frames, "hard").logits
         return certify_agreement(network, params, frames), smooth.argmax(-1), hard.argmax(-1)
@@ -266,7 +266,7 @@ def test_nothing_is_certified_where_the_swap_decides_otherwise():
 
 
 def _decide(network, frames, key):
-    params = jax.jit(network.init)(key, frames)["params"]
+    params = network.init(key, frames)["params"]
     certificate = certify_agreement(network, params, frames)
     return certificate.ratio, network.apply({"params": params}, frames, "hard").logits.argmax(-1) != certificate.decision
 
