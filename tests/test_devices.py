@@ -206,10 +206,11 @@ print({(result["num_devices"], result["num_runs_together"]) for result in result
 
 
 def assert_runs_equal(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), load_run(a).params, load_run(b).params)
+    run, other = load_run(a), load_run(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), run.params, other.params)
     for x, y in zip(read_metrics(a), read_metrics(b), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
-    x, y = load_run(a).results, load_run(b).results
+    x, y = run.results, other.results
     for key in ("surrogate_loss", "hard_accuracy", "num_test", "num_gradient_evaluations"):
         assert x[key] == pytest.approx(y[key], rel=1e-4), key
 

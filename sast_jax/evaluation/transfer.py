@@ -36,7 +36,7 @@ def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
         return _shared_eval_step.__wrapped__(network, mesh)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache
 def _shared_eval_step(network, mesh):
     def eval_step(params, batch):
         sums = {"num_samples": jnp.sum(batch.mask)}
