@@ -24,8 +24,8 @@ def test_parts_average_to_the_whole_with_the_samples_on_any_axis(num_microbatche
         return jnp.mean((jnp.tanh(jnp.einsum("tbn,n->b", batch["x"], w)) - batch["y"]) ** 2)
 
     w = rng.normal(size=2)
-    value_and_grad = jax.value_and_grad(loss)
-    ours = accumulate(value_and_grad, num_microbatches, axes={"x": -2, "y": 0})(w, batch)
+    value_and_grad = jax.jit(jax.value_and_grad(loss))
+    ours = jax.jit(accumulate(value_and_grad, num_microbatches, axes={"x": -2, "y": 0}))(w, batch)
     for a, b in zip(ours, value_and_grad(w, batch), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -49,6 +49,7 @@ def test_train_step_of_sast_is_the_same_in_parts():
         assert float(value) == pytest.approx(float(metrics_of_parts[key]), rel=1e-5), key
 
 
+@pytest.mark.perf
 def test_parts_need_less_memory():
     network = SpikingMLP(3, features=(256,))
     tx = optax.sgd(0.5)

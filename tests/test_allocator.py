@@ -41,6 +41,7 @@ def count_faults(*arguments):
     return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
+@pytest.mark.perf
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 @pytest.mark.parametrize(
     ("how", "where", "sizes"), [("keep", "first", [200]), ("keep", "thread", [40, 50, 30]), ("expect", "thread", [200])]
@@ -49,6 +50,7 @@ def test_freed_memory_is_not_faulted_in_again(how, where, sizes):
     assert count_faults(how, where, *sizes) < 0.1 * count_faults("return", where, *sizes)
 
 
+@pytest.mark.perf
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_only_arrays_that_an_arena_cannot_keep_make_threads_share_one():
     # What the main arena can keep, one of a thread cannot.
@@ -66,7 +68,7 @@ def test_only_arrays_that_an_arena_cannot_keep_make_threads_share_one():
         ({"JAX_PLATFORMS": "cpu"}, "0.13.0", ""),  # XLA ends a process for a flag that it does not have.
     ],
 )
-def test_temporary_arrays_come_in_pieces_where_there_is_a_cpu_alone_and_the_flag_is_known(variables, version, expected):
+def test_temporary_arrays_come_in_pieces_on_a_cpu_that_knows_the_flag(variables, version, expected):
     script = (
         "import importlib.metadata, os; version = importlib.metadata.version\n"
         f"importlib.metadata.version = lambda name: {version!r} if name == 'jaxlib' else version(name)\n"
@@ -80,7 +82,7 @@ def test_temporary_arrays_come_in_pieces_where_there_is_a_cpu_alone_and_the_flag
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only then anything is set")
 @pytest.mark.parametrize(("num_bytes", "is_in_pieces"), [(PIECE, True), (PIECE + 1, False)])
-def test_nothing_comes_in_pieces_where_an_array_is_larger_than_one(num_bytes, is_in_pieces):
+def test_nothing_comes_in_pieces_where_an_array_is_larger(num_bytes, is_in_pieces):
     script = (
         "import os; from sast_jax.allocator import expect_array, keep_freed_memory; keep_freed_memory()\n"
         f"expect_array({num_bytes}); print(os.environ['XLA_FLAGS'])"

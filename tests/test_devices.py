@@ -21,22 +21,19 @@ from sast_jax.training import read_metrics, train_and_evaluate
 from sast_jax.training.loop import _mesh_of_samples
 from tests.conftest import TINY
 
-STEPS = """
-import jax, numpy as np, optax
+TRAIN = """
+import jax, jax.numpy as jnp, numpy as np, optax
 from sast_jax import SpikingConvNet, SpikingMLP, sam
 from sast_jax.config import load_configs
 from sast_jax.data import BATCH_SPECS, Recordings, make_augment, make_take
 from sast_jax.data.loading import RESIDENT_BYTES, _resident_bytes
-from sast_jax.devices import WHOLE, make_mesh, place, share_threads
+from sast_jax.devices import WHOLE, make_mesh, place, share_threads, to_pool
 from sast_jax.evaluation.transfer import evaluate_transfer, make_eval_step
 from sast_jax.training import init_state, make_train_step
 from sast_jax.training.build import build_train_step, make_optimizer
 from tests.test_training import draw
 
 mesh = make_mesh(8)
-assert mesh.size == 4
-assert make_mesh(6).size == 3 and make_mesh(5) is None
-assert share_threads(mesh) and not share_threads(None)
 batches = draw(0, 8), draw(1, 8)
 
 
@@ -52,7 +49,12 @@ def train(network, tx, mesh, ascent="global", num_steps=3, augment=None, num_mic
 
 def assert_close(a, b, tolerance=2e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tolerance, rtol=1e-5), a, b)
+"""
 
+STEPS = """
+assert mesh.size == 4
+assert make_mesh(6).size == 3 and make_mesh(5) is None
+assert share_threads(mesh) and not share_threads(None)
 
 # Augmentation draws what it would on one device, and gradients are accumulated within each device's part.
 augment = make_augment(max_shift=1, drop=0.2, binary=True, seed=0)
@@ -61,45 +63,32 @@ one = train(network, tx, None, augment=augment)
 four = train(network, tx, mesh, augment=augment, num_microbatches=2)
 assert_close(one, four)
 assert len(four[0].params["readout"]["kernel"].sharding.device_set) == 4
-network, tx = SpikingConvNet(3, features=(2,), kernel_size=3), optax.chain(sam(0.3), optax.sgd(0.5))
-one = train(network, tx, None, num_steps=1)
-assert_close(one, train(network, tx, mesh, num_steps=1))
-
-
-def count_meetings(ascent):
-    state = init_state(network, tx, batches[0].frames[:, :1], seed=0)
-    step = make_train_step(network, tx, "surrogate", mesh=mesh, ascent=ascent)
-    return step.lower(state, *batches).compile().as_text().count(" all-reduce(")
-
-
-# Devices meet for each gradient and for the metrics, however many arrays these have.
-assert (count_meetings("global"), count_meetings("per_device")) == (3, 2)
 
 # m-sharpness: each part of two samples climbs its own gradient; the mean of the gradients there is descended.
-network = SpikingMLP(3, features=(6,))
+tx = optax.chain(sam(0.3), optax.sgd(0.5))
 apart, _ = train(network, tx, mesh, "per_device", num_steps=1)
-together, _ = train(network, tx, None, num_steps=1)
 params = init_state(network, tx, batches[0].frames[:, :1], seed=0).params
 
 
-def loss(params, batch):
-    logits = network.apply({"params": params}, batch.frames.astype(np.float32)).logits
+@jax.jit
+@jax.grad
+def gradient(params, batch):
+    logits = network.apply({"params": params}, batch.frames.astype(jnp.float32)).logits
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
 
-def part(batch, i):
-    return batch._replace(frames=batch.frames[:, 2 * i : 2 * i + 2], labels=batch.labels[2 * i : 2 * i + 2])
-
-
-descents = []
-for i in range(4):
-    climb = jax.grad(loss)(params, part(batches[1], i))
+def descent(indices):
+    part, other = (batch._replace(frames=batch.frames[:, indices], labels=batch.labels[indices]) for batch in batches)
+    climb = gradient(params, other)
     norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(climb)))
-    point = jax.tree.map(lambda w, g: w + 0.3 * g / norm, params, climb)
-    descents.append(jax.grad(loss)(point, part(batches[0], i)))
+    return gradient(jax.tree.map(lambda w, g: w + 0.3 * g / norm, params, climb), part)
+
+
+descents = [descent(slice(2 * i, 2 * i + 2)) for i in range(4)]
 expected = jax.tree.map(lambda w, *each: w - 0.5 * sum(each) / 4, params, *descents)
 assert_close(apart.params, expected, 2e-5)
-assert np.abs(apart.params["readout"]["kernel"] - together.params["readout"]["kernel"]).max() > 1e-5
+together = jax.tree.map(lambda w, each: w - 0.5 * each, params, descent(slice(8)))
+assert np.abs(apart.params["readout"]["kernel"] - together["readout"]["kernel"]).max() > 1e-5
 
 # Without SAM there is nothing to climb: all devices take one step.
 config = load_configs("configs/digits.py:baseline", ["network.kind=mlp", "network.features=6"])[""]
@@ -129,7 +118,28 @@ for limit in (0, 10**9):
     assert {len(leaf.sharding.device_set) for leaf in taken} == {4}
     assert_close(taken, make_take(recordings)(indices), 0)
 assert _resident_bytes(mesh) == RESIDENT_BYTES // 4 == _resident_bytes(None) // 4
+
+# Going on in the pool of threads changes no bit, and no gradient.
+x = jnp.array([-0.0, 1e-30, 1.5])
+for pooled in (to_pool(x), jax.jit(to_pool)(x)):
+    assert np.asarray(pooled).tobytes() == np.asarray(x).tobytes()
+assert jax.grad(lambda x: to_pool(x).sum())(x).tolist() == [1, 1, 1]
 print("done")
+"""
+
+MEETINGS = """
+network, tx = SpikingConvNet(3, features=(2,), kernel_size=3), optax.chain(sam(0.3), optax.sgd(0.5))
+one = train(network, tx, None, num_steps=1)
+assert_close(one, train(network, tx, mesh, num_steps=1))
+
+
+def count_meetings(ascent):
+    state = init_state(network, tx, batches[0].frames[:, :1], seed=0)
+    step = make_train_step(network, tx, "surrogate", mesh=mesh, ascent=ascent)
+    return step.lower(state, *batches).compile().as_text().count(" all-reduce(")
+
+
+print(count_meetings("global"), count_meetings("per_device"))
 """
 
 
@@ -140,8 +150,14 @@ def python(code):
 
 
 @pytest.mark.usefixtures("four_devices")
-def test_step_evaluation_and_batches_on_four_devices_equal_those_on_one_and_each_device_may_climb_its_own_gradient():
-    assert python(STEPS) == "done\n"
+def test_step_evaluation_and_batches_on_four_devices_equal_those_on_one():
+    assert python(TRAIN + STEPS) == "done\n"
+
+
+@pytest.mark.perf
+@pytest.mark.usefixtures("four_devices")
+def test_devices_meet_for_each_gradient_and_for_the_metrics():
+    assert python(TRAIN + MEETINGS) == "3 2\n"  # However many arrays these have.
 
 
 POOL = """
@@ -149,11 +165,7 @@ import jax, jax.numpy as jnp
 from sast_jax import SpikingConvNet
 from sast_jax.devices import to_pool
 
-x = jnp.array([-0.0, 1e-30, 1.5])
-compiled = jax.jit(to_pool).lower(x).compile()
-assert (to_pool(x).view(jnp.int32) == x.view(jnp.int32)).all() and (compiled(x).view(jnp.int32) == x.view(jnp.int32)).all()
-assert jax.grad(lambda x: to_pool(x).sum())(x).tolist() == [1, 1, 1]
-copies = [compiled.as_text().count("u8[1049600]{0} copy(")]
+copies = [jax.jit(to_pool).lower(jnp.ones(3)).compile().as_text().count("u8[1049600]{0} copy(")]
 for size in (8, 32):  # 32 * 32 * 4 * 32 neurons.
     frames, network = jnp.ones((2, 32, size, size, 2)), SpikingConvNet(3, features=(4,))
     params = network.init(jax.random.key(0), frames)
@@ -163,8 +175,9 @@ print(len(jax.devices()), copies)
 """
 
 
+@pytest.mark.perf
 @pytest.mark.usefixtures("four_devices")
-def test_large_networks_go_on_in_the_pool_of_threads_where_a_cpu_is_several_devices(monkeypatch):
+def test_large_networks_go_on_in_the_pool_where_a_cpu_is_several_devices(monkeypatch):
     assert python(POOL) == "4 [1, 0, 1]\n"
     monkeypatch.delenv("XLA_FLAGS")
     assert python(POOL) == "1 [0, 0, 0]\n"
@@ -193,41 +206,38 @@ print({(result["num_devices"], result["num_runs_together"]) for result in result
 
 
 def assert_runs_equal(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), load_run(a).params, load_run(b).params)
+    run, other = load_run(a), load_run(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), run.params, other.params)
     for x, y in zip(read_metrics(a), read_metrics(b), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
-    x, y = load_run(a).results, load_run(b).results
+    x, y = run.results, other.results
     for key in ("surrogate_loss", "hard_accuracy", "num_test", "num_gradient_evaluations"):
         assert x[key] == pytest.approx(y[key], rel=1e-4), key
 
 
 SPLIT = """
-import os, sys
-cores = set(range(int(sys.argv[1])))
-os.sched_getaffinity = lambda process: cores
+import os
 from sast_jax.devices import split_cpu
 import jax
-is_late = len(sys.argv) > 2 and jax.devices()
-print(split_cpu(), len(jax.devices()))
+
+for num_cores, is_late, flags in CASES:
+    if os.fork() == 0:  # A CPU is split once a process; until here this one has used no device.
+        os.environ["XLA_FLAGS"] = flags
+        os.sched_getaffinity = lambda process: set(range(num_cores))
+        is_late and jax.devices()
+        print(split_cpu(), len(jax.devices()), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize(
-    ("arguments", "variables", "expected"),
-    [
-        (["3"], {}, "True 3"),
-        (["40"], {}, "True 8"),
-        (["1"], {}, "False 1"),
-        (["3", "late"], {}, "False 1"),
-        (["3"], {"JAX_NUM_CPU_DEVICES": "2"}, "False 2"),
-        (["3"], {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "False 2"),
-    ],
-)
-def test_each_core_of_a_cpu_becomes_a_device_unless_their_number_is_set_or_one_is_in_use(arguments, variables, expected):
-    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    command = [sys.executable, "-c", SPLIT, *arguments]
-    done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == expected
+def test_each_core_becomes_a_device_unless_their_number_is_set_or_late(monkeypatch):
+    cases = [(3, False, ""), (40, False, ""), (1, False, ""), (3, True, "")]
+    cases.append((3, False, "--xla_force_host_platform_device_count=2"))
+    answers = ["True 3", "True 8", "False 1", "False 1", "False 2"]
+    assert python(SPLIT.replace("CASES", str(cases))).splitlines() == answers
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")  # Read when jax is loaded.
+    assert python(SPLIT.replace("CASES", str(cases[:1]))) == "False 2\n"
 
 
 def test_devices_are_those_of_a_split_cpu_only_where_a_cpu_trains(monkeypatch):
@@ -247,48 +257,47 @@ def test_devices_are_those_of_a_split_cpu_only_where_a_cpu_trains(monkeypatch):
         (["sam.ascent=per_device"], False),  # Or it would be another algorithm on another number of cores.
     ],
 )
-def test_cores_share_the_samples_of_a_run_where_that_changes_nothing_but_its_speed(tiny, monkeypatch, fields, is_shared):
+def test_cores_share_samples_where_that_changes_nothing_but_speed(tiny, monkeypatch, fields, is_shared):
     monkeypatch.setattr("sast_jax.training.loop.is_split", lambda: True)
     monkeypatch.setattr("sast_jax.training.loop.make_mesh", lambda num_parts: num_parts)
     task = SimpleNamespace(config=tiny("sast", "network.kind=conv", "batch_size=8", *fields), perturbation_batch_size=4)
     assert _mesh_of_samples(task) == (4 if is_shared else None)
 
 
-TRAIN = """
+COMMANDS = """
 import os, sys
 import jax
 os.sched_getaffinity = lambda process: {0, 1}
 from sast_jax.cli import main
 
-folder, *overrides = sys.argv[1:]
+folder, suites, *overrides = sys.argv[1:]
 for kind in ("conv", "mlp"):
     main(["train", "--config=configs/nmnist.py:sast", f"--workdir={folder}/{kind}", *overrides, f"--config.network.kind={kind}"])
-main(["evaluate", f"--workdir={folder}/conv", "--suite=transfer,calibration"])
+main(["evaluate", f"--workdir={folder}/conv", f"--suite={suites}"])
 assert len(jax.devices()) == 2
 """
 
 
-def test_commands_train_and_evaluate_convolutions_on_a_device_per_core_and_train_dense_layers_on_one(
-    tiny, small_nmnist, tmp_path
-):
-    overrides = [f"--config.{each}" for each in (*TINY, f"dataset.root={small_nmnist}", "batch_size=8")]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    command = [sys.executable, "-c", TRAIN, str(tmp_path), *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("suites", ["transfer", pytest.param("transfer,calibration", marks=pytest.mark.slow)])
+def test_commands_share_convolutions_among_cores_and_not_dense_layers(tiny, small_nmnist, tmp_path, suites):
+    fields = ("batch_size=8", "num_epochs=3", "network.features=4")
+    overrides = [f"--config.{each}" for each in (*TINY, f"dataset.root={small_nmnist}", *fields)]
+    command = [sys.executable, "-c", COMMANDS, str(tmp_path), suites, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [load_run(tmp_path / kind).results["num_devices"] for kind in ("conv", "mlp")] == [2, 1]
-    assert train_and_evaluate(tiny("sast", "network.kind=conv", "batch_size=8"), tmp_path / "one")["num_devices"] == 1
+    assert train_and_evaluate(tiny("sast", "network.kind=conv", *fields), tmp_path / "one")["num_devices"] == 1
     assert_runs_equal(tmp_path / "conv", tmp_path / "one")
 
     on_two = json.loads((tmp_path / "conv" / "evaluation.json").read_text())
-    on_one = evaluate_run(tmp_path / "conv", ["transfer", "calibration"])
+    on_one = evaluate_run(tmp_path / "conv", suites.split(","))
     for suite in on_one:
         a, b = numbers(on_one[suite]), numbers(on_two[suite])
         assert a.keys() == b.keys()
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-def test_samples_of_an_evaluation_are_shared_by_all_devices_but_those_of_dense_layers_not_by_the_cores_of_a_cpu(monkeypatch):
+def test_devices_share_an_evaluation_but_cores_not_that_of_dense_layers(monkeypatch):
     monkeypatch.setattr("sast_jax.evaluation.outputs.make_mesh", lambda num_parts: num_parts)
     networks = SpikingConvNet(3), SpikingMLP(3)
     assert [sharing_devices(network, 8) for network in networks] == [8, 8]
@@ -316,7 +325,7 @@ def test_command_trains_on_a_device_per_core_of_a_busy_machine(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("four_devices")
-def test_runs_on_four_devices_equal_those_on_one_and_many_runs_share_devices(tiny, small_nmnist, tmp_path):
+def test_runs_on_four_devices_equal_those_on_one(tiny, small_nmnist, tmp_path):
     overrides = [*TINY, f"dataset.root={small_nmnist}", "num_epochs=2", "batch_size=8"]
     command = [sys.executable, "-c", RUNS, str(tmp_path), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -335,7 +344,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_run_which_equals_that_of_one_and_goes_on_from_its_checkpoint(tiny, small_nmnist, tmp_path):
+def test_run_of_two_processes_equals_that_of_one_and_can_be_resumed(tiny, small_nmnist, tmp_path):
     overrides = [*TINY, f"dataset.root={small_nmnist}", "num_epochs=4", "checkpoint_every_epochs=1"]
 
     def start():
@@ -381,7 +390,7 @@ def test_address_that_cannot_be_read_is_a_message(address):
         connect_hosts(address)
 
 
-def test_perturbation_by_each_device_is_refused_where_steps_do_not_perturb(capsys, tmp_path):
+def test_perturbation_by_each_device_is_refused_with_plain_steps(capsys, tmp_path):
     command = ["train", "--config=configs/digits.py:sast", f"--workdir={tmp_path / 'run'}", "--config.sam.ascent=per_device"]
     assert main([*command, "--config.sam.every_steps=2"]) == 2
     assert "sam.ascent: per_device needs a gradient for the perturbation at every step" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from sast_jax.training.build import build_train_step, make_network, make_optimiz
 from sast_jax.training.progress import Progress
 from sast_jax.training.session import Task
 from sast_jax.training.together import build_train_step_together, num_fitting, program, stack, unstack
+from tests.conftest import assert_trees_equal, write_small_nmnist
 from tests.test_training import draw
 
 SHORT = ("num_epochs=2", "evaluate_every_epochs=1", "optimizer.name=adamw")
@@ -23,6 +24,12 @@ RUNS = (
     ("seed=3", "sam.rho=0.1", "optimizer.learning_rate=1e-3", "optimizer.weight_decay=0.1"),
     (f"seed={MAX_SEED}", "sam.rho=0.4", "optimizer.learning_rate=4e-3", "optimizer.weight_decay=0.0"),
 )
+
+
+@pytest.fixture(scope="module")
+def small_nmnist(tmp_path_factory):
+    """One folder of recordings for all runs of this file."""
+    return write_small_nmnist(tmp_path_factory.mktemp("nmnist"))
 
 
 def folders(tmp_path, configs):
@@ -34,16 +41,15 @@ def train(configs, workdirs, together=None):
 
 
 def assert_runs_agree(workdir, other):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), load_run(workdir).params, load_run(other).params
-    )
+    run, other_run = load_run(workdir), load_run(other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), run.params, other_run.params)
     for a, b in zip(read_metrics(workdir), read_metrics(other), strict=True):
         assert a.keys() == b.keys()
         if a["num_steps"] != b["num_steps"]:  # The steps of this epoch before an interruption are not in its line.
             continue
         for key in a.keys() - {"seconds", "data_seconds"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
-    a, b = load_run(workdir).results, load_run(other).results
+    a, b = run.results, other_run.results
     assert a["config"] == b["config"]
     assert a["num_gradient_evaluations"] == b["num_gradient_evaluations"]
     assert a.keys() == b.keys()
@@ -58,16 +64,13 @@ def assert_runs_agree(workdir, other):
 )
 def test_runs_trained_together_are_those_trained_alone(tiny, tmp_path, common):
     configs = [tiny("sast", *SHORT, *common, *own) for own in RUNS]
-    results = train(configs, folders(tmp_path / "together", configs))
-    assert [result["num_runs_together"] for result in results] == [2, 2]
-    for index, config in enumerate(configs):
-        alone = train_and_evaluate(config, tmp_path / "alone" / str(index))
-        assert alone["num_runs_together"] == 1
-        assert_runs_agree(tmp_path / "together" / str(index), tmp_path / "alone" / str(index))
-    train(configs, folders(tmp_path / "in_turn", configs), together=1)
-    for index in range(len(configs)):
-        in_turn, alone = (load_run(tmp_path / way / str(index)).params for way in ("in_turn", "alone"))
-        jax.tree.map(np.testing.assert_array_equal, in_turn, alone)
+    together, in_turn = (folders(tmp_path / way, configs) for way in ("together", "in_turn"))
+    assert [result["num_runs_together"] for result in train(configs, together)] == [2, 2]
+    assert [result["num_runs_together"] for result in train(configs, in_turn, together=1)] == [1, 1]
+    for a, b in zip(together, in_turn, strict=True):
+        assert_runs_agree(a, b)
+    train_and_evaluate(configs[1], tmp_path / "alone")  # The second one in turn had the data and the network of the first.
+    assert_trees_equal(load_run(in_turn[1]).params, load_run(tmp_path / "alone").params)
 
 
 @pytest.mark.slow
@@ -93,7 +96,8 @@ def test_step_of_many_conv_networks_is_that_of_each(is_one_operation, tiny, monk
         assert metrics["loss"][index] == pytest.approx(float(own_metrics["loss"]), rel=1e-5)
 
 
-def test_counters_stay_scalars_so_that_unperturbed_steps_cost_one_gradient(tiny):
+@pytest.mark.perf
+def test_counters_are_scalars_so_that_plain_steps_cost_one_gradient(tiny):
     costs = []
     for overrides in ((), ("sam.every_steps=1000",)):
         configs = [tiny("sast", "network.features=64", *overrides, f"seed={seed}") for seed in (0, 1)]
@@ -105,8 +109,8 @@ def test_counters_stay_scalars_so_that_unperturbed_steps_cost_one_gradient(tiny)
     assert costs == [False, True]  # A branch of the program; had the counters an axis of runs, both sides would be computed.
 
 
-def test_interrupted_runs_go_on_together_and_those_at_another_step_by_themselves(tiny, tmp_path, monkeypatch):
-    configs = [tiny("sast", "num_epochs=4", "checkpoint_every_epochs=1", f"seed={seed}") for seed in (0, 1, 2)]
+def test_interrupted_runs_go_on_together_where_at_the_same_step(tiny, tmp_path, monkeypatch):
+    configs = [tiny("sast", "num_epochs=3", "checkpoint_every_epochs=1", f"seed={seed}") for seed in (0, 1, 2)]
     straight, stopped = folders(tmp_path / "straight", configs), folders(tmp_path / "stopped", configs)
     train(configs, straight)
     advance, steps = Progress.advance, []
@@ -118,7 +122,7 @@ def test_interrupted_runs_go_on_together_and_those_at_another_step_by_themselves
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Progress, "advance", stop)
-    with pytest.raises(Interrupted, match="stopped at step 7 of 12"):
+    with pytest.raises(Interrupted, match="stopped at step 7 of 9"):
         train(configs, stopped)
     assert [load_run(path).step for path in stopped] == [7, 7, 7]
     shutil.rmtree(stopped[1] / "checkpoints" / "7")  # As if the process had died before it saved the second one.

@@ -1,18 +1,21 @@
+import functools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from sast_jax import SpikingMLP, lif, load_run, sam, spike_fn
+from sast_jax import NetworkOutput, SpikingMLP, lif, load_run, sam, spike_fn
 from sast_jax.config import load_configs
 from sast_jax.data import Batch, take_batch
 from sast_jax.errors import UserError
@@ -22,7 +25,31 @@ from sast_jax.training.build import build_train_step, load_data, make_network, m
 from sast_jax.training.checkpoints import Checkpoints, restore
 from sast_jax.training.progress import Progress
 from sast_jax.training.together import build_train_step_together, stack
-from tests.conftest import TINY, assert_trees_equal
+from tests.conftest import TINY, assert_trees_equal, write_small_nmnist
+
+
+@pytest.fixture(scope="module")
+def small_nmnist(tmp_path_factory):
+    """One folder of recordings for all runs of this file."""
+    return write_small_nmnist(tmp_path_factory.mktemp("nmnist"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, small_nmnist):
+    """Returns a function from variant and overrides, as of `tiny`, to the folder of that run: trained once, only to be read."""
+
+    @functools.cache
+    def train(variant, *overrides):
+        config = load_configs(f"configs/nmnist.py:{variant}", [*TINY, f"dataset.root={small_nmnist}", *overrides])[""]
+        workdir = tmp_path_factory.mktemp("trained") / "run"
+        train_and_evaluate(config, workdir)
+        return workdir
+
+    return train
+
+
+def read_results(workdir):
+    return json.loads((workdir / "results.json").read_text())
 
 
 def last_state(workdir, config):
@@ -52,6 +79,9 @@ def cross_entropy_by_hand(params, batch, decay=0.9, threshold=1.0):
     return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)
 
 
+value_and_grad_by_hand = jax.jit(jax.value_and_grad(cross_entropy_by_hand))
+
+
 @pytest.mark.parametrize("same", [False, True])
 def test_step_is_that_of_sam_written_out_by_hand(same):
     network = SpikingMLP(3, features=(7,))
@@ -60,17 +90,18 @@ def test_step_is_that_of_sam_written_out_by_hand(same):
     state = init_state(network, tx, descent.frames[:, :1], seed=0)
     params = jax.tree.map(np.asarray, state.params)
 
-    g = jax.grad(cross_entropy_by_hand)(params, descent if same else perturbation)
+    loss, g = value_and_grad_by_hand(params, descent if same else perturbation)
     norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(g)))
     perturbed = jax.tree.map(lambda w, g: w + 0.3 * g / norm, params, g)
-    expected = jax.tree.map(lambda w, g: w - 0.5 * g, params, jax.grad(cross_entropy_by_hand)(perturbed, descent))
+    expected = jax.tree.map(lambda w, g: w - 0.5 * g, params, value_and_grad_by_hand(perturbed, descent)[1])
 
     state, metrics = make_train_step(network, tx, "surrogate")(state, descent, None if same else perturbation)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, expected)
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4)
-    assert metrics["loss"] == pytest.approx(float(cross_entropy_by_hand(params, descent if same else perturbation)), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
+@pytest.mark.perf
 def test_without_sam_a_step_costs_one_gradient_and_with_it_two(tiny):
     network = SpikingMLP(3, features=(64,))
     flops = {}
@@ -99,10 +130,12 @@ AUGMENTED = ("augmentation.max_shift=1", "augmentation.time_jitter=0.2", "augmen
 
 
 # At the end of epoch 4, and within epoch 6.
-@pytest.mark.parametrize(("variant", "stop_at", "overrides"), [("sast", 12, ()), ("sast", 17, AUGMENTED), ("baseline", 17, ())])
-def test_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(tiny, tmp_path, monkeypatch, variant, stop_at, overrides):
-    config = tiny(variant, *overrides)
-    straight = train_and_evaluate(config, tmp_path / "straight")
+@pytest.mark.parametrize(
+    ("variant", "stop_at", "overrides"),
+    [("sast", 17, AUGMENTED), ("baseline", 12, ()), pytest.param("sast", 12, (), marks=pytest.mark.slow)],
+)
+def test_resumed_run_equals_the_straight_one_bit_for_bit(tiny, trained, tmp_path, monkeypatch, variant, stop_at, overrides):
+    config, straight = tiny(variant, *overrides), trained(variant, *overrides)
 
     advance, steps = Progress.advance, []
 
@@ -118,46 +151,36 @@ def test_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(tiny, tmp_p
     assert not (tmp_path / "stopped" / "results.json").exists()
     resumed = train_and_evaluate(config, tmp_path / "stopped")
 
-    assert_trees_equal(*(last_state(tmp_path / name, config).__dict__ for name in ("straight", "stopped")))
+    assert_trees_equal(*(last_state(workdir, config).__dict__ for workdir in (straight, tmp_path / "stopped")))
     accuracies = ("surrogate_accuracy", "hard_accuracy", "surrogate_loss", "hard_loss", "num_gradient_evaluations")
-    assert [straight[key] for key in accuracies] == [resumed[key] for key in accuracies]
+    assert [read_results(straight)[key] for key in accuracies] == [resumed[key] for key in accuracies]
     assert [line["epoch"] for line in read_metrics(tmp_path / "stopped")] == list(range(1, 11))
 
 
-def test_same_seed_gives_the_same_weights_and_another_seed_others(tiny, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train_and_evaluate(tiny("sast", f"seed={seed}", "num_epochs=2"), tmp_path / name)
-    a, b, c = (load_run(tmp_path / name).params for name in "abc")
+def test_same_seed_gives_the_same_weights_another_seed_others(tiny, trained, tmp_path):
+    train_and_evaluate(tiny("sast", "num_epochs=2"), tmp_path)
+    a, b, c = (
+        load_run(path).params for path in (trained("sast", "num_epochs=2"), tmp_path, trained("sast", "seed=1", "num_epochs=2"))
+    )
     assert_trees_equal(a, b)
     assert np.abs(a["readout"]["kernel"] - c["readout"]["kernel"]).max() > 0.01
 
 
-def test_same_seed_gives_the_same_weights_in_another_process(tiny, tmp_path, small_nmnist):
-    config = tiny("sast", "num_epochs=2")
-    train_and_evaluate(config, tmp_path / "here")
-    command = [
-        sys.executable,
-        "-m",
-        "sast_jax",
-        "train",
-        f"--config={tmp_path / 'here' / 'run.json'}",
-        f"--workdir={tmp_path / 'there'}",
-    ]
+@pytest.mark.slow
+def test_same_seed_gives_the_same_weights_in_another_process(trained, tmp_path):
+    here, there = trained("sast", "num_epochs=2"), tmp_path / "there"
+    command = [sys.executable, "-m", "sast_jax", "train", f"--config={here / 'run.json'}", f"--workdir={there}"]
     # What may differ between processes: the order of sets, and whether programs were compiled or loaded.
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert_trees_equal(load_run(tmp_path / "here").params, load_run(tmp_path / "there").params)
-    here, there = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("here", "there"))
-    assert {key: value for key, value in here.items() if "seconds" not in key} == {
-        key: value for key, value in there.items() if "seconds" not in key
-    }
+    assert_trees_equal(load_run(here).params, load_run(there).params)
+    a, b = ({key: value for key, value in read_results(path).items() if "seconds" not in key} for path in (here, there))
+    assert a == b
 
 
-def test_perturbation_batch_and_radius_change_what_is_learnt(tiny, tmp_path):
-    kernels = []
-    for i, override in enumerate(("sam.perturbation=independent", "sam.perturbation=same", "sam.rho=0.01")):
-        train_and_evaluate(tiny("sast", override, "num_epochs=2"), tmp_path / str(i))
-        kernels.append(load_run(tmp_path / str(i)).params["readout"]["kernel"])
+def test_perturbation_batch_and_radius_change_what_is_learnt(trained):
+    overrides = ("sam.perturbation=independent", "sam.perturbation=same", "sam.rho=0.01")
+    kernels = [load_run(trained("sast", override, "num_epochs=2")).params["readout"]["kernel"] for override in overrides]
     assert min(np.abs(kernels[i] - kernels[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-4
 
 
@@ -175,15 +198,15 @@ def test_cheaper_schedules_cost_what_they_say(tiny, tmp_path):
         assert results["num_gradient_evaluations"] == pytest.approx(cost), overrides
 
 
-def test_warm_start_goes_on_from_the_weights_of_a_finished_run_and_adds_its_cost(tiny, tmp_path):
-    first = train_and_evaluate(tiny("baseline", "num_epochs=2"), tmp_path / "first")
-    overrides = [f"warm_start={tmp_path / 'first'}", "num_epochs=1", "optimizer.learning_rate=1e-30", "seed=5"]
+def test_warm_start_continues_from_a_finished_run_and_adds_its_cost(tiny, trained, tmp_path):
+    first = trained("baseline")
+    overrides = [f"warm_start={first}", "num_epochs=1", "optimizer.learning_rate=1e-30", "seed=5"]
     second = train_and_evaluate(tiny("sast", *overrides), tmp_path / "second")
-    assert_trees_equal(load_run(tmp_path / "first").params, load_run(tmp_path / "second").params)
+    assert_trees_equal(load_run(first).params, load_run(tmp_path / "second").params)
     assert second["num_gradient_evaluations"] == 2 * 3
-    assert second["warm_start_cost"]["num_gradient_evaluations"] == first["num_gradient_evaluations"] == 6
+    assert second["warm_start_cost"]["num_gradient_evaluations"] == read_results(first)["num_gradient_evaluations"] == 30
     third = train_and_evaluate(tiny("sast", *overrides[1:], f"warm_start={tmp_path / 'second'}"), tmp_path / "third")
-    assert third["warm_start_cost"]["num_gradient_evaluations"] == 12
+    assert third["warm_start_cost"]["num_gradient_evaluations"] == 36
 
 
 @pytest.mark.parametrize(
@@ -194,8 +217,8 @@ def test_warm_start_goes_on_from_the_weights_of_a_finished_run_and_adds_its_cost
         ("", "has not finished"),
     ],
 )
-def test_warm_start_from_other_weights_data_or_an_unfinished_run_is_refused(tiny, tmp_path, change, message):
-    train_and_evaluate(tiny("baseline", "num_epochs=1"), tmp_path / "first")
+def test_warm_start_from_what_does_not_fit_or_has_not_ended_is_refused(tiny, trained, tmp_path, change, message):
+    shutil.copytree(trained("baseline"), tmp_path / "first")
     if not change:
         (tmp_path / "first" / "results.json").unlink()
     overrides = [f"warm_start={tmp_path / 'first'}", *filter(None, [change])]
@@ -205,16 +228,24 @@ def test_warm_start_from_other_weights_data_or_an_unfinished_run_is_refused(tiny
 
 
 @pytest.mark.parametrize("perturbation", ["same", "independent"])
-def test_until_its_start_a_run_is_the_baseline_bit_for_bit(tiny, tmp_path, perturbation):
-    train_and_evaluate(tiny("baseline"), tmp_path / "baseline")
-    train_and_evaluate(tiny("sast", "sam.start=1", f"sam.perturbation={perturbation}"), tmp_path / "never")
+def test_until_its_start_a_run_is_the_baseline_bit_for_bit(tiny, trained, tmp_path, perturbation):
     train_and_evaluate(tiny("sast", "sam.start=0.9", f"sam.perturbation={perturbation}"), tmp_path / "late")
-    baseline, never, late = (load_run(tmp_path / name).params for name in ("baseline", "never", "late"))
-    assert_trees_equal(baseline, never)
-    assert np.abs(late["readout"]["kernel"] - never["readout"]["kernel"]).max() > 0
+    shutil.copytree(trained("baseline"), tmp_path / "baseline")
+    ends = [load_run(tmp_path / name).params["readout"]["kernel"] for name in ("baseline", "late")]
+    assert np.abs(ends[0] - ends[1]).max() > 0
+    for name in ("baseline", "late"):
+        shutil.rmtree(tmp_path / name / "checkpoints" / "30")  # The one before is of step 27, the last before the start.
+    baseline, late = (load_run(tmp_path / name) for name in ("baseline", "late"))
+    assert baseline.step == late.step == 27
+    assert_trees_equal(baseline.params, late.params)
 
 
-def test_checkpoint_holds_the_state_of_its_step_though_the_step_after_it_takes_the_buffers(tmp_path):
+def test_run_that_starts_after_its_end_is_the_baseline_bit_for_bit(tiny, trained, tmp_path):
+    train_and_evaluate(tiny("sast", "sam.start=1"), tmp_path)
+    assert_trees_equal(load_run(trained("baseline")).params, load_run(tmp_path).params)
+
+
+def test_checkpoint_holds_its_step_though_later_steps_take_the_buffers(tmp_path):
     network = SpikingMLP(3, features=(4000,))
     tx = optax.sgd(0.5)
     state = init_state(network, tx, draw(0).frames[:, :1], seed=0)
@@ -232,16 +263,16 @@ def test_checkpoint_holds_the_state_of_its_step_though_the_step_after_it_takes_t
     assert np.abs(expected["readout"]["kernel"] - state.params["readout"]["kernel"]).max() > 0
 
 
-def test_finished_run_reports_its_results_and_trains_no_more(tiny, tmp_path, monkeypatch):
-    results = train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path)
+def test_finished_run_reports_its_results_and_trains_no_more(tiny, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained("sast", "num_epochs=2"), tmp_path / "run")
     monkeypatch.setattr("sast_jax.training.build.make_train_step", lambda *a: pytest.fail("trained again"))
-    assert train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path) == json.loads(json.dumps(results))
+    assert train_and_evaluate(tiny("sast", "num_epochs=2"), tmp_path / "run") == read_results(tmp_path / "run")
 
 
 def test_results_hold_what_is_promised(tiny, tmp_path):
     config = tiny("sast", "num_epochs=2")
     results = train_and_evaluate(config, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert read_results(tmp_path) == json.loads(json.dumps(results))
     assert results["num_test"] == 20
     assert results["num_gradient_evaluations"] == 2 * 2 * 3
     assert results["transfer_gap"] == pytest.approx(results["surrogate_accuracy"] - results["hard_accuracy"])
@@ -255,10 +286,8 @@ def test_results_hold_what_is_promised(tiny, tmp_path):
     assert "validation_hard_accuracy" in lines[1]
 
 
-def test_loaded_run_predicts_with_the_reported_accuracy(tiny, tmp_path):
-    config = tiny("sast")
-    results = train_and_evaluate(config, tmp_path)
-    run = load_run(tmp_path)
+def test_loaded_run_predicts_with_the_reported_accuracy(tiny, trained):
+    config, results, run = tiny("sast"), read_results(trained("sast")), load_run(trained("sast"))
     test = load_data(config).test
     for mode in ("surrogate", "hard"):
         logits = run.predict(test.frames.swapaxes(0, 1), mode)
@@ -267,25 +296,24 @@ def test_loaded_run_predicts_with_the_reported_accuracy(tiny, tmp_path):
     assert run.config == config
 
 
-def test_counts_are_cut_as_in_training(tiny, tmp_path):
-    train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path)
-    run = load_run(tmp_path)
+def test_counts_are_cut_as_in_training(trained):
+    run = load_run(trained("sast", "num_epochs=2"))
     frames = np.random.default_rng(0).integers(0, 4, (3, 2, 34, 34, 2))
     np.testing.assert_array_equal(run.predict(frames), run.predict(np.minimum(frames, 1)))
 
 
-def test_run_of_an_earlier_version_without_a_newer_field_is_the_run_of_its_default(tiny, tmp_path):
-    train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path / "run")
+def test_run_of_an_earlier_version_has_the_default_of_a_newer_field(tiny, trained, tmp_path):
+    shutil.copytree(trained("sast", "num_epochs=2"), tmp_path / "run")
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     del run["config"]["warm_start"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(run))
     assert load_run(tmp_path / "run").config.warm_start == ""
-    assert train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path / "run")["num_test"] == 20
+    assert train_and_evaluate(tiny("sast", "num_epochs=2"), tmp_path / "run")["num_test"] == 20
     with pytest.raises(UserError, match="warm_start: the run has '', the config 'elsewhere'"):
-        train_and_evaluate(tiny("sast", "num_epochs=1", "warm_start=elsewhere"), tmp_path / "run")
+        train_and_evaluate(tiny("sast", "num_epochs=2", "warm_start=elsewhere"), tmp_path / "run")
 
 
-def test_pair_is_trained_side_by_side_and_radius_override_spares_the_baseline(tiny, small_nmnist, tmp_path):
+def test_pair_is_trained_and_a_radius_override_spares_the_baseline(tiny, small_nmnist, tmp_path):
     configs = load_configs("configs/nmnist.py", [*TINY, f"dataset.root={small_nmnist}", "num_epochs=1", "sam.rho=0.2"])
     results = train_variants(configs, tmp_path)
     assert {name: run["config"]["sam"]["rho"] for name, run in results["runs"].items()} == {"baseline": 0.0, "sast": 0.2}
@@ -295,33 +323,37 @@ def test_pair_is_trained_side_by_side_and_radius_override_spares_the_baseline(ti
     assert load_run(tmp_path / "baseline").config.sam.rho == 0.0
 
 
-def test_folder_of_another_config_is_refused_with_the_fields_that_differ(tiny, tmp_path):
-    train_and_evaluate(tiny("sast", "num_epochs=1"), tmp_path)
+def test_folder_of_another_config_is_refused_with_the_fields_that_differ(tiny, trained, tmp_path):
+    shutil.copytree(trained("sast", "num_epochs=2"), tmp_path / "run")
     with pytest.raises(UserError) as error:
-        train_and_evaluate(tiny("sast", "num_epochs=2", "network.slope=4"), tmp_path)
+        train_and_evaluate(tiny("sast", "num_epochs=1", "network.slope=4"), tmp_path / "run")
     assert "network.slope: the run has 2.0, the config 4.0" in str(error.value)
-    assert "num_epochs: the run has 1, the config 2" in str(error.value)
+    assert "num_epochs: the run has 2, the config 1" in str(error.value)
     assert "seed" not in str(error.value)
 
 
-@pytest.mark.parametrize("part", ["Train", "Test"])
-def test_other_recordings_than_the_run_began_with_are_refused(tiny, tmp_path, small_nmnist, monkeypatch, part):
+def test_other_recordings_than_the_run_began_with_are_refused(tiny, tmp_path, small_nmnist, monkeypatch):
     monkeypatch.setattr(Progress, "advance", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    shutil.copytree(small_nmnist, tmp_path / "data")
+    config = tiny("sast", f"dataset.root={tmp_path / 'data'}")
     with pytest.raises(Interrupted):
-        train_and_evaluate(tiny(), tmp_path)
-    (small_nmnist / part / "0" / "00000.bin").unlink()
-    with pytest.raises(UserError, match="was begun with other recordings"):
-        train_and_evaluate(tiny(), tmp_path)
+        train_and_evaluate(config, tmp_path / "run")
+    for part in ("Train", "Test"):
+        file = tmp_path / "data" / part / "0" / "00000.bin"
+        file.rename(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="was begun with other recordings"):
+            train_and_evaluate(config, tmp_path / "run")
+        (tmp_path / "elsewhere").rename(file)
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_names_step_and_quantity(tiny, tmp_path):
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_step(tiny, tmp_path):
     config = tiny("baseline", "optimizer.name=sgd", "optimizer.learning_rate=1e38", "optimizer.schedule=constant")
     with pytest.raises(UserError, match=r"(loss|gradient_norm|update_norm) is (nan|inf) at step \d+.*optimizer.learning_rate"):
         train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "results.json").exists()
 
 
-def test_gradient_at_the_perturbed_weights_that_is_not_finite_stops_the_run_before_a_checkpoint(tiny, tmp_path):
+def test_perturbed_gradient_that_is_not_finite_stops_before_a_checkpoint(tiny, tmp_path):
     config = tiny("sast", "sam.rho=1e38", "batch_size=30", "checkpoint_every_epochs=1", "evaluate_every_epochs=1")
     with pytest.raises(UserError, match=r"update_norm is (nan|inf) at step 1;"):
         train_and_evaluate(config, tmp_path)
@@ -334,8 +366,25 @@ def test_evaluation_does_not_depend_on_the_batch_size(recordings):
     results = [evaluate_transfer(make_eval_step(network), params, recordings, size) for size in (1, 2, 7, 100)]
     for result in results[1:]:
         assert result == pytest.approx(results[0])
-    logits = network.apply({"params": params}, recordings.frames.swapaxes(0, 1).astype(np.float32), "hard").logits
+    frames = recordings.frames.swapaxes(0, 1).astype(np.float32)
+    logits = jax.jit(lambda params: network.apply({"params": params}, frames, "hard").logits)(params)
     assert results[0]["hard_accuracy"] == np.mean(np.argmax(logits, -1) == recordings.labels)
+
+
+def test_equal_networks_share_an_evaluation_step_and_need_no_hash():
+    class Scaled(nn.Module):
+        scale: jax.Array
+
+        def __call__(self, frames, mode):
+            return NetworkOutput(self.scale * frames.sum((0, 2, 3)), ())
+
+    small, equal, large = (make_eval_step(SpikingMLP(2, features=(size,))) for size in (4, 4, 5))
+    assert small is equal
+    assert small is not large
+    for scale in (1.0, -1.0):  # An array has no hash.
+        step = make_eval_step(Scaled(jnp.full(2, scale)))
+        frames = np.ones((3, 1, 2, 2, 2)) * [1, 2]
+        assert step({}, Batch(frames, np.array([1]), np.ones(1, bool)))["hard_correct"] == (scale > 0)
 
 
 def test_metrics_survive_a_last_line_that_was_cut_off(tmp_path):
@@ -371,11 +420,7 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere():
     assert "s left\n" in stream.text
 
 
-def test_lif_stands_between_a_users_own_layers_under_the_same_step():
-    import flax.linen as nn
-
-    from sast_jax import NetworkOutput
-
+def test_lif_stands_between_own_layers_under_the_same_step():
     class Own(nn.Module):
         @nn.compact
         def __call__(self, frames, mode="surrogate"):
@@ -393,6 +438,7 @@ def test_lif_stands_between_a_users_own_layers_under_the_same_step():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize(
     "fields",
@@ -417,6 +463,7 @@ def test_largest_array_of_a_step_is_told_before_it_is_compiled(tiny, monkeypatch
     assert told == [4 * max(math.prod(map(int, shape.split(","))) for shape in shapes)]
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize(
     ("fields", "together", "num_devices", "num_samples"),
     [
@@ -443,6 +490,7 @@ def test_largest_array_is_that_of_the_device_with_most_samples(tiny, monkeypatch
     assert told == [4 * num_steps * num_samples * num_neurons]
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize("command", ["train --config=configs/digits.py:sast", "sweep --config=configs/study_digits.py"])
 def test_largest_array_is_told_before_jax_starts_its_threads(command, tmp_path):
     script = f"""

@@ -1,5 +1,7 @@
 """What a study adds to training: spikes by schedule, and perturbations that take no gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,10 +31,20 @@ def draw(seed, batch_size=6):
     return Batch(frames, rng.integers(0, 3, batch_size).astype(np.int32), np.ones(batch_size, bool))
 
 
+@functools.cache
+def initial_params():
+    return init_state(SpikingMLP(3, features=(7,)), optax.sgd(1.0), draw(0).frames[:, :1], seed=0).params
+
+
+def start(tx, network=None):
+    network = network or SpikingMLP(3, features=(7,))
+    return init_state(network, tx, draw(0).frames[:, :1], seed=0, params=initial_params())
+
+
 def run(config, num_steps=3, total=3):
     """Weights before and after some steps of a small network, and the step function."""
     network = SpikingMLP(3, features=(7,), slope=config.network.slope)
-    state = init_state(network, make_optimizer(config, total), draw(0).frames[:, :1], seed=0)
+    state = start(make_optimizer(config, total), network)
     step = make_train_step(
         network, make_optimizer(config, total), make_spikes(config, total, 1), perturb=make_perturbation(config, total)
     )
@@ -40,15 +52,15 @@ def run(config, num_steps=3, total=3):
     for number in range(num_steps):
         state, _ = step(state, draw(number))
         weights.append(jax.tree.map(np.array, state.params))
+    assert step._cache_size() == 1  # Schedules compile once.
     return weights, step
 
 
-def gradient(params, batch, mode="surrogate"):
-    def loss(params):
-        logits = SpikingMLP(3, features=(7,)).apply({"params": params}, batch.frames.astype(np.float32), mode).logits
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
-
-    return jax.grad(loss)(params)
+@jax.jit
+@jax.grad
+def gradient(params, batch):
+    logits = SpikingMLP(3, features=(7,)).apply({"params": params}, batch.frames.astype(jnp.float32), "surrogate").logits
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
 
 def norm(tree):
@@ -56,12 +68,13 @@ def norm(tree):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mixed_spikes_are_hard_where_asked_with_the_smooth_derivative_everywhere(family):
+def test_mixed_spikes_are_hard_where_asked_with_the_smooth_derivative(family):
     mask = jnp.arange(len(X)) % 2 == 0
-    mixed = mixed_spike_fn(lambda x: mask, family, 3.0)
-    np.testing.assert_array_equal(mixed(X), np.where(mask, X > 0, FAMILIES[family].value(X, 3.0)))
-    np.testing.assert_allclose(jax.vmap(jax.grad(lambda x, m: mixed_spike_fn(lambda _: m, family, 3.0)(x)))(X, mask),
-                               FAMILIES[family].derivative(X, 3.0), rtol=1e-5)  # fmt: skip
+    own = FAMILIES[family]
+    spikes, back = jax.jit(lambda x: jax.vjp(mixed_spike_fn(lambda _: mask, family, 3.0), x))(X)
+    value, derivative = jax.jit(lambda x: (own.value(x, 3.0), own.derivative(x, 3.0)))(X)
+    np.testing.assert_array_equal(spikes, np.where(mask, X > 0, value))
+    np.testing.assert_allclose(back(jnp.ones_like(X))[0], derivative, rtol=1e-5)
 
 
 def spikes_of(config, step, num_steps, layer=0, x=X):
@@ -84,7 +97,7 @@ def test_slope_may_rise_in_straight_through_mode():
     config = load("spikes.initial_slope=2", "network.slope=8", "mode=straight_through")
     fn = make_spikes(config, 3, 1)(jnp.int32(1))[0]
     np.testing.assert_array_equal(fn(X), X > 0)
-    np.testing.assert_allclose(jax.vmap(jax.grad(fn))(X), FAMILIES["arctan"].derivative(X, 4.0), rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(fn)))(X), FAMILIES["arctan"].derivative(X, 4.0), rtol=1e-4)
 
 
 def test_finish_is_hard_in_its_share_of_the_steps_and_smooth_before():
@@ -94,7 +107,7 @@ def test_finish_is_hard_in_its_share_of_the_steps_and_smooth_before():
         np.testing.assert_allclose(spikes_of(config, step, 8), X > 0 if step >= 6 else smooth, atol=1e-6)
 
 
-def test_hard_spikes_come_at_their_share_and_anew_for_each_step_layer_and_seed():
+def test_hard_spikes_are_drawn_at_their_share_by_step_layer_and_seed():
     x = jnp.full((200, 50), 0.3)
     config = load("spikes.hard_share=0.2")
     masks = [spikes_of(config, 0, 9, x=x), spikes_of(config, 1, 9, x=x), spikes_of(config, 0, 9, layer=1, x=x)]
@@ -106,12 +119,13 @@ def test_hard_spikes_come_at_their_share_and_anew_for_each_step_layer_and_seed()
     np.testing.assert_array_equal(spikes_of(load("spikes.hard_share=1"), 0, 9), X > 0)
 
 
-def test_training_with_spikes_that_are_all_hard_is_straight_through_training():
+def test_training_with_hard_spikes_alone_is_straight_through_training():
     (*_, mixed), _ = run(load("spikes.hard_share=1"))
     (*_, plain), _ = run(load("mode=straight_through"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), mixed, plain)
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -137,10 +151,10 @@ def test_stale_perturbation_is_the_gradient_of_the_step_before():
     jax.tree.map(lambda new, e: np.testing.assert_allclose(new, e, atol=1e-5), w2, expected)
 
 
-def test_noise_has_norm_rho_a_direction_of_its_own_each_step_and_costs_no_gradient():
+def test_noise_has_norm_rho_a_new_direction_each_step_and_costs_nothing():
     config = load("sam.rho=0.3", "sam.perturbation=noise")
-    perturb = make_perturbation(config, 10)
-    state = init_state(SpikingMLP(3, features=(7,)), optax.sgd(1.0), draw(0).frames[:, :1], seed=0)
+    perturb = jax.jit(make_perturbation(config, 10))
+    state = start(optax.sgd(1.0))
     moves = [jax.tree.map(jnp.subtract, perturb(state.replace(step=jnp.int32(step))), state.params) for step in (0, 1)]
     assert [norm(move) for move in moves] == pytest.approx([0.3, 0.3], rel=1e-4)
     cosine = sum(np.sum(a * b) for a, b in zip(*map(jax.tree.leaves, moves), strict=True)) / 0.09
@@ -152,21 +166,21 @@ def test_noise_has_norm_rho_a_direction_of_its_own_each_step_and_costs_no_gradie
 def test_noise_step_takes_its_only_gradient_at_the_perturbed_weights():
     config = load(*SGD, "sam.rho=0.3", "sam.perturbation=noise")
     (w0, w1), _ = run(config, num_steps=1)
-    state = init_state(SpikingMLP(3, features=(7,)), make_optimizer(config, 3), draw(0).frames[:, :1], seed=0)
-    point = make_perturbation(config, 3)(state)
+    state = start(make_optimizer(config, 3))
+    point = jax.jit(make_perturbation(config, 3))(state)
     jax.tree.map(lambda w, g, new: np.testing.assert_allclose(new, w - 0.5 * g, atol=1e-5), w0, gradient(point, draw(0)), w1)
 
 
 def test_noise_before_its_start_is_none():
     config = load("sam.rho=0.3", "sam.perturbation=noise", "sam.start=0.5")
-    state = init_state(SpikingMLP(3, features=(7,)), optax.sgd(1.0), draw(0).frames[:, :1], seed=0)
-    moved = make_perturbation(config, 10)(state.replace(step=jnp.int32(4)))
+    state = start(optax.sgd(1.0))
+    moved = jax.jit(make_perturbation(config, 10))(state.replace(step=jnp.int32(4)))
     jax.tree.map(np.testing.assert_array_equal, moved, state.params)
 
 
 def test_perturbed_weights_are_those_of_sam():
     w, g = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}, {"a": jnp.array([0.0, 3.0]), "b": jnp.array([4.0])}
-    moved = perturb_weights(w, g, 0.5)
+    moved = jax.jit(perturb_weights)(w, g, 0.5)
     np.testing.assert_allclose(moved["a"], [3.0, 0.3])
     np.testing.assert_allclose(moved["b"], [4.4])
 
@@ -193,7 +207,7 @@ def test_fields_that_contradict_each_other_are_refused(overrides, message):
         {"sam.perturbation_batch_size": 1000},
     ],
 )
-def test_perturbation_batch_size_has_no_effect_without_sam_and_is_refused_only_with_it(tiny, fields):
+def test_perturbation_batch_size_matters_only_with_sam(tiny, fields):
     baseline, sast = (tiny(variant).copy_and_resolve_references().unlock() for variant in ("baseline", "sast"))
     for key, value in fields.items():
         set_field(baseline, key, value)

@@ -23,13 +23,21 @@ def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
     """Returns the jitted function `(params, batch) -> sums` over the samples of a batch.
 
     The sums are `num_samples` and, for the modes `surrogate` and `hard`, `<mode>_correct` and `<mode>_loss` (cross-entropy).
-    Masked samples count nothing, so a padded last batch biases nothing.
+    Masked samples count nothing, so a padded last batch biases nothing. Equal networks share a function, so the runs of a study
+    compile it once.
 
     Args:
         network: A module applied as `network.apply({"params": params}, frames, mode)`.
         mesh: Devices that share the samples and each have the weights; `None`: one device.
     """
+    try:
+        return _shared_eval_step(network, mesh)
+    except TypeError:  # A field of the module has no hash, as an array.
+        return _shared_eval_step.__wrapped__(network, mesh)
 
+
+@functools.lru_cache
+def _shared_eval_step(network, mesh):
     def eval_step(params, batch):
         sums = {"num_samples": jnp.sum(batch.mask)}
         for mode in ("surrogate", "hard"):
