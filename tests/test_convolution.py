@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,34 +51,52 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("slow_calls", [False, True], ids=["jax 0.10", "jax 0.11"])
-@pytest.mark.parametrize("max_part", [2**18, 1], ids=["at once", "in two parts"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_convolution_agrees_with_its_definition_in_value_and_with_lax_in_gradient(
-    shape, max_part, slow_calls, monkeypatch, float64
-):
+WAYS = {"jax 0.10": (False, 2**18), "jax 0.11": (True, 2**18), "jax 0.10, parts": (False, 1), "jax 0.11, parts": (True, 1)}
+
+
+@pytest.mark.parametrize(
+    ("way", "shapes"),
+    [
+        # Each shape one way, and each kernel more than one way.
+        *((way, tuple(SHAPES)[index :: len(WAYS)]) for index, way in enumerate(WAYS)),
+        *(pytest.param(way, tuple(SHAPES), marks=pytest.mark.slow) for way in WAYS),
+    ],
+    ids=[f"{which}, {way}" for which in ("some shapes", "all shapes") for way in WAYS],
+)
+def test_convolution_agrees_with_its_definition_and_lax_in_gradient(way, shapes, monkeypatch, float64):
+    slow_calls, max_part = WAYS[way]
     for name, value in (("SLOW_CALLS", slow_calls), ("MAX_PART", max_part), ("MAX_PARTS", 2)):
         monkeypatch.setattr(module, name, value)
     jax.clear_caches()  # Else what was traced before counts.
-    images, kernel, cotangent = draw(*shape)
-    value, gradient = jax.vjp(jax.jit(convolution), images, kernel)
-    np.testing.assert_allclose(value, by_hand(images, kernel), atol=1e-10)
-    _, expected = jax.vjp(reference, images, kernel)
-    for a, b in zip(gradient(cotangent), expected(cotangent), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-10)
+    operands = [draw(*SHAPES[shape]) for shape in shapes]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradient(convolve, operands):
+        pulled = [(jax.vjp(convolve, images, kernel), cotangent) for images, kernel, cotangent in operands]
+        return [(value, back(cotangent)) for (value, back), cotangent in pulled]
+
+    results, expected = (value_and_gradient(convolve, operands) for convolve in (convolution, reference))
+    for shape, (images, kernel, _), (value, gradient), (_, other) in zip(shapes, operands, results, expected, strict=True):
+        np.testing.assert_allclose(value, by_hand(images, kernel), atol=1e-10, err_msg=shape)
+        for a, b in zip(gradient, other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-10, err_msg=shape)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_convolution_keeps_the_dtype_in_value_and_gradient(dtype):
     images, kernel, cotangent = (jnp.asarray(x, dtype) for x in draw(2, 6, 6, (5, 5), 2, 4))
-    value, gradient = jax.vjp(convolution, images, kernel)
-    assert {x.dtype for x in (value, *gradient(cotangent))} == {jnp.dtype(dtype)}
+
+    def value_and_gradient(images, kernel, cotangent):
+        value, gradient = jax.vjp(convolution, images, kernel)
+        return value, *gradient(cotangent)
+
+    assert {x.dtype for x in jax.jit(value_and_gradient)(images, kernel, cotangent)} == {jnp.dtype(dtype)}
 
 
 def test_sums_of_integers_are_exact():
     rng = np.random.default_rng(0)
     images, kernel = (rng.integers(-99, 99, shape).astype(np.int32) for shape in ((2, 7, 6, 2), (5, 5, 2, 4)))
-    np.testing.assert_array_equal(convolution(images, kernel), by_hand(images, kernel))
+    np.testing.assert_array_equal(jax.jit(convolution)(images, kernel), by_hand(images, kernel))
 
 
 def lowered(function, platform, *args):
@@ -87,6 +107,7 @@ def kernel_gradient(images, kernel, cotangent):
     return jax.vjp(convolution, images, kernel)[1](cotangent)[1]
 
 
+@pytest.mark.perf
 def test_only_cpus_take_pixels_in_pairs_in_value_and_gradient():
     images, kernel, cotangent = draw(8, 20, 21, (5, 5), 2, 16, np.float32)
     assert "tensor<8x1x220x32xf32>" in lowered(convolution, "cpu", images, kernel)
@@ -97,6 +118,7 @@ def test_only_cpus_take_pixels_in_pairs_in_value_and_gradient():
         assert "x32xf32" not in lowered(kernel_gradient, platform, images, kernel, cotangent)
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize(
     ("shape", "slow_calls", "part", "num_parts"),
     [
@@ -111,7 +133,7 @@ def test_only_cpus_take_pixels_in_pairs_in_value_and_gradient():
         ((17, 34, 34, (3, 3), 2, 16), False, "tensor<34x34x18x16xf32>", 1),  # there is a fast kernel.
     ],
 )
-def test_only_cpus_take_weight_gradients_in_parts_of_even_numbers_of_samples(shape, slow_calls, part, num_parts, monkeypatch):
+def test_only_cpus_take_weight_gradients_in_parts_of_even_size(shape, slow_calls, part, num_parts, monkeypatch):
     monkeypatch.setattr(module, "SLOW_CALLS", slow_calls)
     jax.clear_caches()
 
@@ -124,8 +146,9 @@ def test_only_cpus_take_weight_gradients_in_parts_of_even_numbers_of_samples(sha
     assert not count_parts("tpu")[1]
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize("slow_calls", [False, True], ids=["jax 0.10", "jax 0.11"])
-def test_pairs_in_the_gradient_of_the_images_where_features_are_few_or_calls_slow(slow_calls, monkeypatch):
+def test_image_gradients_take_pairs_where_features_few_or_calls_slow(slow_calls, monkeypatch):
     monkeypatch.setattr(module, "SLOW_CALLS", slow_calls)
     for features, is_in_pairs in ((24, slow_calls), (12, True)):
         images, kernel, cotangent = draw(8, 20, 21, (5, 5), 16, features, np.float32)
@@ -138,6 +161,7 @@ def test_pairs_in_the_gradient_of_the_images_where_features_are_few_or_calls_slo
             assert "x32xf32" not in lowered(gradient, platform, images, kernel, cotangent)
 
 
+@pytest.mark.perf
 def test_only_on_cpus_the_compiler_is_kept_from_joining_operations():
     images = draw(8, 20, 21, (5, 5), 2, 16, np.float32)[0]
     layer = Convolution(4, 5)
@@ -158,16 +182,11 @@ def test_gradient_may_be_differentiated_again(float64):
         inner = jax.grad(lambda kernel: jnp.sum(cotangent * jnp.tanh(convolve(images, kernel))))
         return jax.grad(lambda kernel: jnp.sum(inner(kernel) ** 2))(kernel)
 
-    np.testing.assert_allclose(second(convolution), second(reference), rtol=1e-8)
+    ours, theirs = jax.jit(lambda: (second(convolution), second(reference)))()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-8)
 
 
-@given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)),
-    size=st.integers(1, 4),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=25, deadline=None)
-def test_sums_over_windows_and_their_gradient_are_those_of_a_loop_over_them(shape, size, seed):
+def assert_windows_equal_a_loop(shape, size, seed):
     rng = np.random.default_rng(seed)
     batch_size, height, width, channels = shape
     rows, columns = height // size, width // size
@@ -177,16 +196,41 @@ def test_sums_over_windows_and_their_gradient_are_those_of_a_loop_over_them(shap
         window = np.s_[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
         sums[:, row, column] = images[window].sum((1, 2))
         gradient[window] = cotangent[:, row, column][:, None, None]
-    with jax.enable_x64(True):
+
+    @jax.jit
+    def sums_and_gradient(images, cotangent):
         with_gradient, back = jax.vjp(lambda x: sum_windows(x, size), images)
-        np.testing.assert_allclose(sum_windows(images, size), sums, atol=1e-12)
+        return sum_windows(images, size), with_gradient, *back(cotangent)
+
+    with jax.enable_x64(True):
+        alone, with_gradient, back = sums_and_gradient(images, cotangent)
+        np.testing.assert_allclose(alone, sums, atol=1e-12)
         np.testing.assert_allclose(with_gradient, sums, atol=1e-12)
-        np.testing.assert_array_equal(back(jnp.asarray(cotangent))[0], gradient)
+        np.testing.assert_array_equal(back, gradient)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((3, 9, 8, 2), 2), ((2, 7, 9, 1), 3), ((1, 5, 4, 3), 1), ((2, 3, 8, 2), 4), ((1, 4, 1, 1), 2), ((3, 4, 4, 3), 4)],
+)
+def test_window_sums_and_their_gradient_are_those_of_a_loop(shape, size):
+    assert_windows_equal_a_loop(shape, size, seed=0)
+
+
+@pytest.mark.slow
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)),
+    size=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=50, deadline=None)
+def test_window_sums_of_any_shape_are_those_of_a_loop(shape, size, seed):
+    assert_windows_equal_a_loop(shape, size, seed)
 
 
 def test_weights_are_those_of_flax():
     images = draw(3, 7, 6, (5, 5), 2, 4, np.float32)[0]
     ours, theirs = Convolution(4, 5), nn.Conv(4, (5, 5))
-    params = theirs.init(jax.random.key(0), images)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, ours.init(jax.random.key(0), images)))
-    np.testing.assert_allclose(ours.apply(params, images), theirs.apply(params, images), atol=1e-5)
+    params, own = (jax.jit(layer.init)(jax.random.key(0), images) for layer in (theirs, ours))
+    jax.tree.map(np.testing.assert_array_equal, params, own)
+    np.testing.assert_allclose(*(jax.jit(layer.apply)(params, images) for layer in (ours, theirs)), atol=1e-5)

@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice
 
 from sast_jax import FAMILIES, LIFState, SpikingConvNet, lif, pallas, spike_fn
 from sast_jax.networks import MAX_UNROLL
+from sast_jax.neurons import RESETS
 from sast_jax.pallas import lif_pallas
 from sast_jax.spikes import MODES, mixed_spike_fn
 
@@ -30,10 +31,17 @@ def assert_equal_to_scan(current, state, neuron):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), scan, kernel)
 
 
-@pytest.mark.parametrize("reset", ["zero", "subtract", "none"])
+SPIKES = [*((mode, family) for mode in ("surrogate", "straight_through") for family in FAMILIES), ("hard", "arctan")]
+
+
 @pytest.mark.parametrize(
-    ("mode", "family"),
-    [*((mode, family) for mode in ("surrogate", "straight_through") for family in FAMILIES), ("hard", "arctan")],
+    ("mode", "family", "reset"),
+    [
+        # By default each spike function with one reset, and each reset with both kinds of gradient.
+        pytest.param(*spikes, reset, marks=() if (i + i // 3 + j) % 3 == 0 else pytest.mark.slow)
+        for i, spikes in enumerate(SPIKES)
+        for j, reset in enumerate(RESETS)
+    ],
 )
 def test_kernels_equal_the_scan_in_value_and_gradient(mode, family, reset):
     rng = np.random.default_rng(0)
@@ -43,11 +51,25 @@ def test_kernels_equal_the_scan_in_value_and_gradient(mode, family, reset):
     assert_equal_to_scan(current, state, neuron)
 
 
-@given(shape=st.lists(st.integers(1, 40), min_size=1, max_size=3), num_time_steps=st.integers(1, 4), seed=st.integers(0, 99))
-@settings(max_examples=8, deadline=None)
-def test_neurons_need_not_fill_the_blocks(shape, num_time_steps, seed):
+def assert_equal_to_scan_at(shape, num_time_steps, seed):
     current = np.random.default_rng(seed).normal(0.4, 0.8, (num_time_steps, *shape)).astype(np.float32)
     assert_equal_to_scan(current, None, {"decay": 0.9, "spike_fn": spike_fn("surrogate")})
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_time_steps"),
+    [((3,), 1), ((25, 41), 4), ((2, 3, 128), 3)],
+    ids=["part of a block", "a block and one neuron", "full blocks"],
+)
+def test_neurons_need_not_fill_the_blocks(shape, num_time_steps):
+    assert_equal_to_scan_at(shape, num_time_steps, seed=0)
+
+
+@pytest.mark.slow
+@given(shape=st.lists(st.integers(1, 40), min_size=1, max_size=3), num_time_steps=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_neurons_of_any_number_need_not_fill_the_blocks(shape, num_time_steps, seed):
+    assert_equal_to_scan_at(shape, num_time_steps, seed)
 
 
 def kernels_in(run, *arguments):
@@ -125,9 +147,7 @@ def test_kernels_are_lowered_for_devices_that_are_not_here(mode, platform, backe
         ("tpu", {}, False, 0),
     ],
 )
-def test_networks_take_the_kernels_on_gpus_and_unrolled_loops_elsewhere_off_cpus(
-    backend, choice, has_kernels, num_loops, monkeypatch
-):
+def test_networks_take_kernels_on_gpus_and_unrolled_loops_off_cpus(backend, choice, has_kernels, num_loops, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     choice = dict(choice)
     frames = jnp.zeros((choice.pop("num_time_steps", 3), 2, 8, 8, 2))
@@ -154,6 +174,7 @@ def test_without_triton_gpus_have_no_kernels(monkeypatch):
     assert num_kernels() == 0
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize(("num_neurons", "is_padded"), [(3 * 256, False), (2 * 1024, False), (3 * 64, True)])
 def test_layers_that_blocks_divide_are_not_copied(num_neurons, is_padded):
     run = functools.partial(lif_pallas, decay=0.9, spike_fn=spike_fn("surrogate"))

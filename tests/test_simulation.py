@@ -85,7 +85,7 @@ def test_still_and_uniform_scene_shows_noise_alone(recorder):
     assert mean == pytest.approx(expected, abs=5 * np.sqrt(expected / 40))
 
 
-def test_an_edge_that_brightens_emits_one_event_per_threshold_of_log_intensity():
+def test_edge_that_brightens_emits_one_event_per_threshold_of_log():
     shown = np.ones((1, 40, 40), np.float32)
     shifts = np.zeros((1, 3, 2))
     # The image fills the middle 24 pixels; moved right by 1, the column it enters goes from dark to bright.
@@ -111,7 +111,7 @@ def test_slow_pixels_approach_what_they_see_with_their_time_constant():
         np.testing.assert_allclose(seen, after + share * (before - after), atol=1e-5)
 
 
-def test_fitted_recorder_counts_what_real_recordings_of_the_same_images_count(nmnist_root):
+def test_fitted_recorder_counts_what_real_recordings_count(nmnist_root):
     folder = nmnist_root.parent / "MNIST"
     if not folder.is_dir():
         pytest.skip("needs MNIST's files in $SAST_JAX_DATA/MNIST")
@@ -158,7 +158,7 @@ def load_images(folder, **more):
     return data.load_dataset("digits", num_time_steps=4, images=str(folder), **{"num_validation": 5, **more})
 
 
-def test_images_are_shown_as_n_mnist_was_recorded_in_the_parts_of_their_files(small_mnist):
+def test_images_are_shown_as_n_mnist_in_the_parts_of_their_files(small_mnist):
     splits = load_images(small_mnist, image_range=(10, 40), binary=False)
     assert [len(part.labels) for part in (splits.train, splits.validation, splits.test)] == [25, 5, 12]
     assert sorted([*splits.train.ids, *splits.validation.ids]) == [f"train/{i:05d}" for i in range(10, 40)]
@@ -295,9 +295,19 @@ def test_gestures_are_split_by_person_with_every_class(monkeypatch):
     ],
 )
 def test_network_without_memory_does_not_see_the_order_of_frames(fields, is_memoryless):
-    network = SpikingMLP(3, features=(8, 8), init_gain=4.0, **fields)
-    frames = (np.random.default_rng(0).random((6, 2, 4, 4, 2)) < 0.3).astype(np.float32)
-    params = network.init(jax.random.key(0), frames)
-    for mode in ("hard", "surrogate"):
-        forward, backward = (network.apply(params, each, mode).logits for each in (frames, frames[::-1]))
-        assert np.allclose(forward, backward, atol=1e-4) == is_memoryless, mode
+    network = SpikingMLP(3, features=(8, 8), **fields)
+    rng = np.random.default_rng(0)
+    frames = (rng.random((6, 2, 4, 4, 2)) < 0.3).astype(np.float32)
+    sizes = {"dense_0": (32, 8), "dense_1": (8, 8), "readout": (8, 3)}
+    weights = {
+        name: {"kernel": (4 * rng.normal(size=size) / np.sqrt(size[0])).astype(np.float32), "bias": np.zeros(size[1], np.float32)}
+        for name, size in sizes.items()
+    }
+
+    @jax.jit
+    def logits(frames):
+        return {mode: network.apply({"params": weights}, frames, mode).logits for mode in ("hard", "surrogate")}
+
+    forward, backward = logits(frames), logits(frames[::-1])
+    for mode in forward:
+        assert np.allclose(forward[mode], backward[mode], atol=1e-4) == is_memoryless, mode
