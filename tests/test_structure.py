@@ -10,6 +10,7 @@ import pytest
 
 import sast_jax
 
+
 def test_command_line_loads_nothing_heavy_before_it_is_used():
     code = """
 import sys, sast_jax, sast_jax.cli
