@@ -1,12 +1,17 @@
+import contextlib
+import io
 import os
+import shutil
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jaxlib.version
 import numpy as np
 import pytest
 
+from sast_jax.cli import main
 from sast_jax.config import load_configs
 from sast_jax.data.cache import Recordings
 
@@ -92,10 +97,15 @@ def write_small_nmnist(root):
     return root
 
 
+@pytest.fixture(scope="session")
+def _written_nmnist(tmp_path_factory):
+    return write_small_nmnist(tmp_path_factory.mktemp("nmnist") / "data")
+
+
 @pytest.fixture
-def small_nmnist(tmp_path):
-    """The folder of `write_small_nmnist`."""
-    return write_small_nmnist(tmp_path / "data")
+def small_nmnist(_written_nmnist, tmp_path):
+    """The folder of `write_small_nmnist`, the test's own."""
+    return shutil.copytree(_written_nmnist, tmp_path / "data")
 
 
 @pytest.fixture(scope="session")
@@ -128,17 +138,23 @@ def gesture_events(seed, *, num_events=300, start=0, length=900_000):
     return list(zip(x.tolist(), y.tolist(), times.tolist(), p.tolist(), strict=True))
 
 
-@pytest.fixture
-def small_gestures(tmp_path):
-    """A folder in tonic's layout of DVS128 Gesture: 4 users, 2 of them of the test part, 11 classes each."""
+@pytest.fixture(scope="session")
+def _written_gestures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("gestures") / "gestures"
     for part, users in (("Train", (1, 7)), ("Test", (24, 29))):
         for user in users:
-            folder = tmp_path / "gestures" / f"ibmGesture{part}" / f"user{user:02d}_led"
+            folder = root / f"ibmGesture{part}" / f"user{user:02d}_led"
             folder.mkdir(parents=True)
             for label in range(11):
                 x, y, t, p = zip(*gesture_events(100 * user + label), strict=True)
                 np.save(folder / f"{label}.npy", np.array([x, y, p, np.array(t) / 1000], np.float32).T)
-    return tmp_path / "gestures"
+    return root
+
+
+@pytest.fixture
+def small_gestures(_written_gestures, tmp_path):
+    """A folder in tonic's layout of DVS128 Gesture: 4 users, 2 of them of the test part, 11 classes each."""
+    return shutil.copytree(_written_gestures, tmp_path / "gestures")
 
 
 @pytest.fixture
@@ -180,6 +196,57 @@ def tiny(small_nmnist):
         return load_configs(f"configs/nmnist.py:{variant}", [*TINY, f"dataset.root={small_nmnist}", *overrides])[""]
 
     return load
+
+
+class Trained(NamedTuple):
+    """A pair of tiny runs, `baseline` and `sast`, as `sast-jax train` leaves them; tests that change it copy it.
+
+    Attributes:
+        pair: Their folder. Each has 6 steps, in 2 epochs, and a checkpoint of steps 3 and 6.
+        data: Folder of the recordings.
+        fields: Of the command, but for the folder of the recordings.
+        out: What the command printed.
+        err: What it printed to standard error.
+    """
+
+    pair: Path
+    data: Path
+    fields: list[str]
+    out: str
+    err: str
+
+    def config(self, name="sast"):
+        return load_configs(str(self.pair / name / "run.json"))[""]
+
+
+@pytest.fixture(scope="session")
+def trained(_written_nmnist, tmp_path_factory):
+    """The trained pair, for reading."""
+    fields = [
+        "dataset.num_time_steps=3",
+        "dataset.num_validation=10",
+        "network.kind=mlp",
+        "network.features=8,6",
+        "batch_size=10",
+    ]
+    fields += ["num_epochs=2", "evaluate_every_epochs=1", "checkpoint_every_epochs=1"]
+    folder, out, err = tmp_path_factory.mktemp("trained") / "pair", io.StringIO(), io.StringIO()
+    overrides = [f"--config.{field}" for field in [*fields, f"dataset.root={_written_nmnist}"]]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(["train", "--config=configs/nmnist.py", f"--workdir={folder}", *overrides]) == 0, err.getvalue()
+    return Trained(folder, _written_nmnist, fields, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def pair(trained, tmp_path):
+    """A copy of the trained pair."""
+    return shutil.copytree(trained.pair, tmp_path / "pair")
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the trained run of SAST."""
+    return shutil.copytree(trained.pair / "sast", tmp_path / "run")
 
 
 def assert_trees_equal(a, b):

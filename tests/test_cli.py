@@ -14,6 +14,7 @@ from sast_jax.cli import format_table, main
 from sast_jax.errors import SuspicionWarning, UserError, show_warning
 from sast_jax.evaluation.suites import SUITES
 from sast_jax.training.build import load_data
+from sast_jax.training.progress import Progress
 from tests.conftest import write_nmnist_file
 
 TINY = [
@@ -47,48 +48,70 @@ def refused(capsys, status):
     return captured.err
 
 
-def test_train_prints_both_accuracies_and_the_gap_of_the_pair_and_evaluate_finds_them_again(train, capsys, tmp_path):
-    assert train() == 0
-    table = capsys.readouterr().out
-    assert main(["evaluate", f"--workdir={tmp_path / 'run'}"]) == 0
+@pytest.fixture
+def train_pair(trained, pair):
+    """Returns a function that runs the command of the trained pair, with more arguments, on its copy, or one run of it."""
+
+    def run(*arguments, name="", root=trained.data):
+        overrides = [f"--config.{field}" for field in [*trained.fields, f"dataset.root={root}"]]
+        config = f"configs/nmnist.py:{name}".rstrip(":")
+        return main(["train", f"--config={config}", f"--workdir={pair / name}", *overrides, *arguments])
+
+    return run
+
+
+def test_train_prints_accuracies_and_gaps_and_evaluate_finds_them_again(trained, pair, capsys):
+    assert main(["evaluate", f"--workdir={pair}"]) == 0
     again = capsys.readouterr().out
-    runs = json.loads((tmp_path / "run" / "results.json").read_text())["runs"]
-    for text, lines in ((table, table.splitlines()[1:3]), (again, again.splitlines()[1:3])):
-        assert text.splitlines()[0].split() == ["run", "surrogate", "hard", "gap", "test", "samples", "gradients", "seconds"]
+    runs = json.loads((pair / "results.json").read_text())["runs"]
+    assert list(runs) == ["baseline", "sast"]
+    for text in (trained.out, again):
+        heading, *lines = text.splitlines()[:3]
+        assert heading.split() == ["run", "surrogate", "hard", "gap", "test", "samples", "gradients", "seconds"]
         for line, (name, run) in zip(lines, runs.items(), strict=True):
             cells = line.split()
             assert cells[0] == name
             assert [cells[1], cells[3]] == [f"{100 * run[f'{mode}_accuracy']:.1f}" for mode in ("surrogate", "hard")]
             assert float(cells[5]) == pytest.approx(100 * run["transfer_gap"], abs=0.051)
-    evaluation = json.loads((tmp_path / "run" / "sast" / "evaluation.json").read_text())
+    evaluation = json.loads((pair / "sast" / "evaluation.json").read_text())
     assert evaluation["transfer"]["hard_accuracy"] == runs["sast"]["hard_accuracy"]
 
 
-def test_finished_run_is_reported_again(train, capsys):
-    assert train(config="configs/nmnist.py:sast") == 0
-    first = capsys.readouterr()
-    assert train(config="configs/nmnist.py:sast") == 0
-    second = capsys.readouterr()
-    assert second.out == first.out
-    assert "epoch" in first.err
-    assert not second.err
+def test_finished_runs_are_reported_again_though_their_recordings_are_gone(trained, train_pair, pair, capsys, tmp_path):
+    assert "epoch" in trained.err
+    assert train_pair() == 0
+    again = capsys.readouterr()
+    assert again.out == trained.out.replace(str(trained.pair), str(pair))
+    assert not again.err
+    assert train_pair(root=tmp_path / "gone") == 0
+    assert capsys.readouterr() == again
+    tables = []
+    for root in (trained.data, tmp_path / "gone"):
+        assert train_pair(name="sast", root=root) == 0
+        single = capsys.readouterr()
+        assert not single.err
+        tables.append(single.out)
+    assert tables[0] == tables[1]
+    assert tables[0].splitlines()[1].split() == again.out.splitlines()[2].split()
 
 
-def test_recordings_that_moved_are_found_by_evaluate(train, capsys, small_nmnist, tmp_path):
-    assert train(config="configs/nmnist.py:sast") == 0
-    small_nmnist.rename(tmp_path / "moved")
+def move_recordings(run, root):
+    """Changes where a run says that its recordings are."""
+    content = json.loads((run / "run.json").read_text())
+    content["config"]["dataset"]["root"] = str(root)
+    (run / "run.json").write_text(json.dumps(content))
+
+
+def test_recordings_that_moved_are_found_by_evaluate(trained, run, capsys, tmp_path):
+    move_recordings(run, tmp_path / "gone")
+    assert "does not exist" in refused(capsys, main(["evaluate", f"--workdir={run}"]))
+    assert main(["evaluate", f"--workdir={run}", f"--config.dataset.root={trained.data}"]) == 0
     capsys.readouterr()
-    assert "does not exist" in refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'run'}"]))
-    assert main(["evaluate", f"--workdir={tmp_path / 'run'}", f"--config.dataset.root={tmp_path / 'moved'}"]) == 0
-    capsys.readouterr()
-    message = refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'run'}", "--config.sam.rho=1"]))
+    message = refused(capsys, main(["evaluate", f"--workdir={run}", "--config.sam.rho=1"]))
     assert "only dataset.root, dataset.download and dataset.images can be set" in message
 
 
-def test_suites_are_gathered_in_one_file_until_the_weights_change(train, capsys, tmp_path):
-    assert train(config="configs/nmnist.py:sast") == 0
-    run = tmp_path / "run"
-    capsys.readouterr()
+def test_suites_are_gathered_in_one_file_until_the_weights_change(run, capsys):
     assert main(["evaluate", f"--workdir={run}", "--suite=synops,transfer"]) == 0
     table = capsys.readouterr()
     assert "effective ACs" in table.out
@@ -105,9 +128,7 @@ def test_suites_are_gathered_in_one_file_until_the_weights_change(train, capsys,
 
 
 @pytest.mark.slow
-def test_all_suites_agree_on_what_they_share(train, capsys, tmp_path):
-    assert train(config="configs/nmnist.py:sast") == 0
-    run = tmp_path / "run"
+def test_all_suites_agree_on_what_they_share(run, capsys):
     assert main(["evaluate", f"--workdir={run}", "--suite=all"]) == 0
     written = json.loads((run / "evaluation.json").read_text())
     assert written.keys() == {"step", *SUITES}
@@ -162,14 +183,13 @@ def test_batch_larger_than_the_training_part_is_refused(train, capsys):
     )
 
 
-def test_folder_of_another_config_or_kind_is_refused(train, capsys, tmp_path):
-    assert train(config="configs/nmnist.py:sast") == 0
-    capsys.readouterr()
-    before = (tmp_path / "run" / "results.json").read_text()
-    message = refused(capsys, train("--config.num_epochs=3", config="configs/nmnist.py:sast"))
+def test_folder_of_another_config_or_kind_is_refused(train, train_pair, pair, run, capsys):
+    before = (pair / "sast" / "results.json").read_text()
+    message = refused(capsys, train_pair("--config.num_epochs=3", name="sast"))
     assert "num_epochs: the run has 2, the config 3" in message
+    assert (pair / "sast" / "results.json").read_text() == before
     assert "is a single run" in refused(capsys, train())
-    assert (tmp_path / "run" / "results.json").read_text() == before
+    assert (run / "results.json").read_text() == before
 
 
 def test_folder_that_is_no_run_is_refused(capsys, tmp_path):
@@ -188,36 +208,26 @@ def test_foreign_files_in_a_folder_are_refused_and_left_alone(train, capsys, tmp
         assert "run" in refused(capsys, train())
         assert (run / name).read_text() == text
         (run / name).unlink()
-    assert train(config="configs/nmnist.py:sast") == 0
-    (run / "run.json").unlink()
-    capsys.readouterr()
-    assert "has results.json but no run.json" in refused(capsys, train("--config.seed=5", config="configs/nmnist.py:sast"))
 
 
-def test_finished_run_is_reported_though_its_recordings_are_gone(train, capsys, small_nmnist):
-    assert train() == 0
-    table = capsys.readouterr().out
-    small_nmnist.rename(small_nmnist.parent / "gone")
-    assert train() == 0
-    assert capsys.readouterr().out == table
+def test_results_without_the_run_that_they_are_of_are_refused(train_pair, pair, capsys):
+    (pair / "sast" / "run.json").unlink()
+    assert "has results.json but no run.json" in refused(capsys, train_pair("--config.seed=5", name="sast"))
 
 
-def test_damaged_checkpoint_is_named(train, capsys, tmp_path):
-    assert train(config="configs/nmnist.py:sast") == 0
-    for file in (tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*"):
+def test_damaged_checkpoint_is_named(run, capsys):
+    for file in (run / "checkpoints" / "6" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
-    capsys.readouterr()
-    message = refused(capsys, main(["evaluate", f"--workdir={tmp_path / 'run'}"]))
-    assert str(tmp_path / "run" / "checkpoints" / "6") in message
+    message = refused(capsys, main(["evaluate", f"--workdir={run}"]))
+    assert str(run / "checkpoints" / "6") in message
 
 
-def test_half_of_a_pair_is_not_taken_for_the_whole(train, tmp_path):
-    assert train() == 0
-    shutil.rmtree(tmp_path / "run" / "sast")
-    (tmp_path / "run" / "results.json").unlink()
-    with pytest.raises(UserError, match=r"run/sast' is no run"):
-        load_run(tmp_path / "run")
+def test_half_of_a_pair_is_not_taken_for_the_whole(pair):
+    shutil.rmtree(pair / "sast")
+    (pair / "results.json").unlink()
+    with pytest.raises(UserError, match=r"pair/sast' is no run"):
+        load_run(pair)
 
 
 def test_cache_that_cannot_be_written_is_a_message(train, capsys, tmp_path, monkeypatch):
@@ -253,28 +263,63 @@ def test_table_aligns_its_columns():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_command_writes_a_checkpoint_exits_130_and_goes_on(number, small_nmnist, tmp_path):
-    arguments = [*TINY[:-1], "--config.num_epochs=400", f"--config.dataset.root={small_nmnist}"]
-    command = [sys.executable, "-m", "sast_jax", "train", "--config=configs/nmnist.py:sast", f"--workdir={tmp_path / 'run'}"]
-    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+def test_interrupted_command_leaves_a_checkpoint_and_goes_on(number, trained, train_pair, pair, capsys, monkeypatch):
+    shutil.rmtree(pair / "sast")
+    advance, steps = Progress.advance, []
+
+    def interrupt(self):
+        advance(self)
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Progress, "advance", interrupt)
+    assert train_pair(name="sast") == 130
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("sast-jax: interrupted: stopped at step 4 of 6")
+    stopped = load_run(pair / "sast")
+    assert (stopped.step, stopped.results) == (4, None)
+    assert train_pair(name="sast") == 0
+    captured = capsys.readouterr()
+    assert [line.split(",")[0] for line in captured.err.splitlines() if "epoch" in line] == ["sast: epoch 2"]
+    assert len(steps) == 6  # No step twice.
+    assert load_run(pair / "sast").results["hard_loss"] == load_run(trained.pair).results["hard_loss"]
+
+
+def interrupt_at_the_second_epoch(command, number):
+    """Starts a command, sends it a signal while it trains, and returns what it wrote to standard error and its exit status."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        lines = []
         for line in process.stderr:
-            if "epoch 2," in line:
+            lines.append(line)
+            if sum("epoch" in each for each in lines) == 2:
                 process.send_signal(number)
                 break
-        rest = process.stderr.read()
-        assert process.wait(60) == 130
-    assert "sast-jax: interrupted: stopped at step" in rest
-    assert "Traceback" not in rest
-    stopped = load_run(tmp_path / "run")
-    assert stopped.results is None
-    # The same command goes on: with another number of epochs it would be another run.
-    with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=os.environ) as process:
-        first = next(line for line in process.stderr if "epoch" in line)
-        time.sleep(0.1)
-        process.send_signal(number)
-        process.stderr.read()
-        assert process.wait(60) == 130
-    assert int(first.split("epoch ")[1].split(",")[0]) > 2
+        return "".join([*lines, process.stderr.read()]), process.wait(60)
+
+
+def test_process_that_is_interrupted_while_it_trains_exits_130(small_nmnist, tmp_path):
+    arguments = [*TINY[:-1], "--config.num_epochs=400", f"--config.dataset.root={small_nmnist}", f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "sast_jax", "train", "--config=configs/nmnist.py:sast", *arguments]
+    error, status = interrupt_at_the_second_epoch(command, signal.SIGINT)
+    assert status == 130
+    assert "sast-jax: interrupted: stopped at step" in error
+    assert "Traceback" not in error
+    assert load_run(tmp_path / "run").results is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_process_that_was_interrupted_goes_on_and_can_be_interrupted_again(number, small_nmnist, tmp_path):
+    arguments = [*TINY[:-1], "--config.num_epochs=400", f"--config.dataset.root={small_nmnist}", f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "sast_jax", "train", "--config=configs/nmnist.py:sast", *arguments]
+    first, last = (interrupt_at_the_second_epoch(command, number) for _ in range(2))
+    assert first[1] == last[1] == 130
+    assert "sast-jax: interrupted: stopped at step" in first[0]
+    assert "Traceback" not in first[0] + last[0]
+    assert load_run(tmp_path / "run").results is None
+    epochs = [int(line.split("epoch ")[1].split(",")[0]) for line in last[0].splitlines() if "epoch" in line]
+    assert epochs[0] > 2
 
 
 @pytest.mark.slow

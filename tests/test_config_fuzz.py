@@ -1,5 +1,6 @@
 """Any config ends in a message, or in a run that is what it says."""
 
+import functools
 import json
 import math
 import string
@@ -60,11 +61,32 @@ def checked(config):
     return flat
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(KEYS, TEXTS), max_size=4))
-def test_any_overrides_are_taken_or_refused_and_touch_nothing_else(pairs):
+OVERRIDES = st.lists(st.tuples(KEYS, TEXTS), max_size=4)
+FIELDS = st.lists(st.tuples(KEYS, VALUES), max_size=4)
+MISSING = st.lists(st.sampled_from(sorted(SCHEMA)), max_size=2)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=6)),
+    lambda each: (
+        st.lists(each, max_size=3)
+        | st.dictionaries(
+            st.one_of(
+                st.text(max_size=6), st.sampled_from(["sam", "dataset", "config", "variants", "seed", "items", "lock", "a.b"])
+            ),
+            each,
+            max_size=3,
+        )
+    ),
+)
+
+
+@functools.cache
+def base():
+    return load_configs(SPEC)[""]
+
+
+def check_overrides(pairs):
     overrides = [f"{key}={text}" for key, text in pairs]
-    before = flatten(load_configs(SPEC)[""])
+    before = flatten(base())
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sast_jax.config.warn", lambda message: None)
@@ -86,10 +108,8 @@ def test_any_overrides_are_taken_or_refused_and_touch_nothing_else(pairs):
             assert value == SCHEMA[key].type(last[key])
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(KEYS, VALUES), max_size=4), st.lists(st.sampled_from(sorted(SCHEMA)), max_size=2))
-def test_any_config_dict_is_taken_or_refused(pairs, missing):
-    values = to_json(load_configs(SPEC)[""])
+def check_config_dict(pairs, missing):
+    values = to_json(base())
 
     def returned(variant):
         config = ml_collections.ConfigDict(values, type_safe=False)
@@ -114,28 +134,39 @@ def test_any_config_dict_is_taken_or_refused(pairs, missing):
             checked(config)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.recursive(
-        st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=6)),
-        lambda each: (
-            st.lists(each, max_size=3)
-            | st.dictionaries(
-                st.one_of(
-                    st.text(max_size=6), st.sampled_from(["sam", "dataset", "config", "variants", "seed", "items", "lock", "a.b"])
-                ),
-                each,
-                max_size=3,
-            )
-        ),
-    )
-)
-def test_any_json_is_taken_or_refused(value):
+def check_json(value):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sast_jax.config.read_json", lambda path: value)
         patch.setattr(Path, "is_file", lambda self: True)
         with pytest.raises(UserError):
             load_configs("file.json", with_data=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(OVERRIDES)
+def test_any_overrides_are_taken_or_refused_and_touch_nothing_else(pairs):
+    check_overrides(pairs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(FIELDS, MISSING)
+def test_any_config_dict_is_taken_or_refused(pairs, missing):
+    check_config_dict(pairs, missing)
+
+
+@settings(max_examples=100, deadline=None)
+@given(JSON)
+def test_any_json_is_taken_or_refused(value):
+    check_json(value)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None)
+@given(OVERRIDES, FIELDS, MISSING, JSON)
+def test_any_overrides_config_dict_and_json_are_taken_or_refused(overrides, pairs, missing, value):
+    check_overrides(overrides)
+    check_config_dict(pairs, missing)
+    check_json(value)
 
 
 @pytest.mark.parametrize(
@@ -169,15 +200,19 @@ def test_odd_config_file_is_a_message(tmp_path, body, capsys):
     assert not (tmp_path.parent / "outside").exists()
 
 
-def test_json_config_is_that_of_a_run_takes_overrides_and_runs_no_code(tiny, tmp_path):
-    config = tiny("sast", "num_epochs=1")
-    results = train_and_evaluate(config, tmp_path / "run")
+def test_json_config_is_that_of_a_run_takes_overrides_and_runs_no_code(trained, run, tmp_path):
+    fields = [*trained.fields, f"dataset.root={trained.data}"]
+    config = load_configs("configs/nmnist.py:sast", fields)[""]
     for name in ("run.json", "results.json"):
-        assert load_configs(str(tmp_path / "run" / name)) == {"": config}
+        assert load_configs(str(run / name)) == {"": config}
     path = tmp_path / "own.json"
     path.write_text(json.dumps(to_json(config)))
     assert load_configs(str(path), ["seed=5"])[""].seed == 5
-    assert train_and_evaluate(load_configs(str(path))[""], tmp_path / "again")["hard_loss"] == results["hard_loss"]
+    (own,) = load_configs(str(path)).values()
+    assert checked(own) == flatten(config)
+    assert [type(value) for value in flatten(own).values()] == [type(value) for value in flatten(config).values()]
+    results = (run / "results.json").read_text()
+    assert train_and_evaluate(own, run) == json.loads(results)  # Which is finished, so it is the same run.
     with pytest.raises(UserError, match="a JSON file has no variants"):
         load_configs(f"{path}:sast")
     path.write_text(json.dumps({**to_json(config), "seed": "import os"}))

@@ -1,4 +1,6 @@
 import contextlib
+import copy
+import functools
 import itertools
 import json
 import os
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -120,51 +123,77 @@ class Trainer:
         return results
 
 
-def test_selection_takes_the_point_of_the_highest_hard_spike_accuracy_on_validation(study, tmp_path):
-    trainer = Trainer()
-    results = run_study(study(), [], tmp_path / "run", train=trainer)
-    assert len(trainer.trained) == NUM_RUNS
+class Straight(NamedTuple):
+    """A study that went through without a stop.
+
+    Attributes:
+        folder: Where it is.
+        trained: Names of the runs that were trained.
+        results: What it returned.
+    """
+
+    folder: Path
+    trained: list[str]
+    results: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def _straight(tmp_path_factory):
+    folder, trainer = tmp_path_factory.mktemp("straight"), Trainer()
+    (folder / "study.py").write_text(STUDY_FILE)
+    return Straight(folder / "run", trainer.trained, run_study(folder / "study.py", [], folder / "run", train=trainer))
+
+
+@pytest.fixture
+def straight(_straight, tmp_path):
+    """A copy of a study that went through without a stop."""
+    folder = shutil.copytree(_straight.folder, tmp_path / "run")
+    return Straight(folder, list(_straight.trained), copy.deepcopy(_straight.results))
+
+
+def test_selection_takes_the_point_of_the_best_hard_spikes_on_validation(straight):
+    results = straight.results
+    assert len(straight.trained) == NUM_RUNS
     assert results["methods"]["sast"]["selected"] == {"sam.rho": 0.4, "optimizer.learning_rate": 1e-3}
     rows = results["selection"]["sast"]
     assert len(rows) == 4
     assert rows[0]["mean_hard"] == max(row["mean_hard"] for row in rows)
     assert results["methods"]["baseline_twice"]["selected"] == {"num_epochs": 2}  # The first of equals.
     for seed in (0, 1, 2):
-        config = json.loads((tmp_path / "run" / f"tested/sast-seed{seed}/run.json").read_text())["config"]
+        config = json.loads((straight.folder / f"tested/sast-seed{seed}/run.json").read_text())["config"]
         assert (config["sam"]["rho"], config["optimizer"]["learning_rate"], config["seed"]) == (0.4, 1e-3, seed)
-        config = json.loads((tmp_path / "run" / f"tested/baseline_twice-seed{seed}/run.json").read_text())["config"]
+        config = json.loads((straight.folder / f"tested/baseline_twice-seed{seed}/run.json").read_text())["config"]
         assert config["num_epochs"] == 4  # Twice the baseline's.
 
 
-def test_selection_never_sees_the_test_part(study, tmp_path):
-    good = run_study(study(), [], tmp_path / "good", train=Trainer())
+def test_selection_never_sees_the_test_part(straight, study, tmp_path):
+    good = straight.results
     garbage = run_study(study(), [], tmp_path / "garbage", train=Trainer(test_shift=-0.5))
     assert good["selection"] == garbage["selection"]
     assert good["methods"]["sast"]["hard"] != garbage["methods"]["sast"]["hard"]
-    for folder in (tmp_path / "good" / "selection").iterdir():
+    for folder in (straight.folder / "selection").iterdir():
         config = json.loads((folder / "run.json").read_text())["config"]
         assert config["test"] is False
         assert config["seed"] in (100, 101)
-    for folder in (tmp_path / "good" / "tested").iterdir():
+    for folder in (straight.folder / "tested").iterdir():
         assert json.loads((folder / "run.json").read_text())["config"]["test"] is True
 
 
 @pytest.mark.parametrize("stop_at", [0, 5, 15])
-def test_interrupted_sweep_goes_on_without_repeating_a_run_and_equals_the_straight_one(study, tmp_path, stop_at):
-    straight = run_study(study(), [], tmp_path / "straight", train=Trainer())
+def test_interrupted_sweep_goes_on_as_if_it_had_not_been(straight, study, tmp_path, stop_at):
     first, second = Trainer(stop_at=stop_at), Trainer()
     with pytest.raises(Interrupted):
         run_study(study(), [], tmp_path / "stopped", train=first)
     assert not (tmp_path / "stopped" / "results.json").exists()
-    assert run_study(study(), [], tmp_path / "stopped", train=second) == straight
+    assert run_study(study(), [], tmp_path / "stopped", train=second) == straight.results
     assert not set(first.trained) & set(second.trained)
     assert len(first.trained) + len(second.trained) == NUM_RUNS
     third = Trainer()
-    assert run_study(study(), [], tmp_path / "stopped", train=third) == straight
+    assert run_study(study(), [], tmp_path / "stopped", train=third) == straight.results
     assert not third.trained
 
 
-def test_diverged_selection_run_disqualifies_its_point_and_a_diverged_tested_run_stops(study, tmp_path):
+def test_diverged_selection_run_ends_its_point_and_a_tested_one_the_study(study, tmp_path):
     results = run_study(study(), [], tmp_path / "a", train=Trainer(diverges=lambda c: c.sam.rho == 0.4 and c.seed == 100))
     assert results["methods"]["sast"]["selected"]["sam.rho"] == 0.1
     assert sum(row["mean_hard"] is None for row in results["selection"]["sast"]) == 2
@@ -189,8 +218,8 @@ def test_cost_of_a_warm_start_is_counted(study, tmp_path):
     assert methods["noise"]["time_ratio"] == pytest.approx(46 / 22)
 
 
-def test_folder_of_another_study_is_refused_and_methods_and_seeds_may_be_added(study, tmp_path):
-    run_study(study(), [], tmp_path / "run", train=Trainer())
+@pytest.mark.usefixtures("straight")
+def test_folder_of_another_study_is_refused_but_it_may_grow(study, tmp_path):
     before = (tmp_path / "run" / "results.json").read_bytes()
     with pytest.raises(UserError) as error:
         run_study(study(("(0.1, 0.4)", "(0.1, 0.5)")), ["network.slope=4"], tmp_path / "run", train=Trainer())
@@ -207,15 +236,14 @@ def test_folder_of_another_study_is_refused_and_methods_and_seeds_may_be_added(s
     assert set(json.loads((tmp_path / "run" / STUDY).read_text())["methods"]) >= {"noise", "straight_through"}
 
 
-def test_study_that_an_earlier_version_began_goes_on(study, tmp_path):
-    straight = run_study(study(), [], tmp_path / "run", train=Trainer())
+def test_study_that_an_earlier_version_began_goes_on(straight, study, tmp_path):
     old = json.loads((tmp_path / "run" / STUDY).read_text())
     del old["folds"]
     for method in old["methods"].values():
         del method["config"]["dataset.fold"]
     write_json(tmp_path / "run" / STUDY, old)
     more = Trainer()
-    assert run_study(study(), [], tmp_path / "run", train=more) == straight
+    assert run_study(study(), [], tmp_path / "run", train=more) == straight.results
     assert not more.trained
 
 
@@ -230,7 +258,7 @@ def test_folder_of_something_else_is_refused_and_left_alone(study, tmp_path, nam
     assert (tmp_path / "run" / name).read_text() == text
 
 
-def test_override_sets_all_methods_but_those_that_differ_and_what_is_set_is_not_selected(study):
+def test_override_sets_all_methods_but_those_that_differ(study):
     plan = load_plan(study(), ["network.slope=4", "sam.rho=0.3", "num_epochs=5", "dataset.seed=3"])
     assert {config.network.slope for config in plan.configs.values()} == {4.0}
     assert {config.dataset.seed for config in plan.configs.values()} == {3}
@@ -328,10 +356,44 @@ needs_two_cores = pytest.mark.skipif(
 )
 
 
-@needs_two_cores
-def test_runs_of_several_processes_are_those_of_one(tmp_path, capfd, monkeypatch):
+@pytest.fixture
+def compiled_here(monkeypatch):
+    """Other processes read what this one has compiled."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@needs_two_cores
+@pytest.mark.usefixtures("compiled_here")
+def test_sweep_of_two_processes_trains_what_this_one_does(trained, tmp_path, capfd):
+    path = tmp_path / "study.py"
+    path.write_text(
+        "import runpy\n"
+        "from sast_jax.experiments import METHODS, Study, change\n"
+        "def get_config(variant=''):\n"
+        "    return change(runpy.run_path('configs/nmnist.py')['get_config']('baseline'), variant)\n"
+        "def get_study():\n"
+        "    methods = {name: METHODS[name]._replace(grid={}, controls=()) for name in ('baseline', 'sast')}\n"
+        "    return Study(methods, seeds=(0, 1), selection_seeds=(100,))\n"
+    )
+    overrides = [*trained.fields, f"dataset.root={trained.data}"]
+    results = run_study(path, overrides, tmp_path / "run", processes=2)
+    for name in ("baseline", "sast"):
+        one = json.loads((trained.pair / name / "results.json").read_text())
+        other = json.loads((tmp_path / f"run/tested/{name}-seed0/results.json").read_text())
+        for key in ("config", "surrogate_loss", "hard_loss", "hard_accuracy", "transfer_gap", "validation"):
+            assert one[key] == other[key], key
+        assert results["methods"][name]["hard"]["values"][0] == 100 * one["hard_accuracy"]
+    lines = capfd.readouterr().err.splitlines()
+    assert sum(line.startswith("sweep: ") for line in lines) == 4  # A line for each run,
+    assert not any("epoch" in line for line in lines)  # none for its epochs.
+    assert set(results["num_cores"]) <= set(map(len, share_cores(2)))
+
+
+@pytest.mark.slow
+@needs_two_cores
+@pytest.mark.usefixtures("compiled_here")
+def test_sweep_of_two_processes_equals_that_of_one_and_may_grow(tmp_path, capfd):
     path, overrides = _tiny(tmp_path)
     one = run_study(path, overrides, tmp_path / "one")
     capfd.readouterr()
@@ -369,7 +431,7 @@ def _long_sweep(tmp_path):
 @pytest.mark.slow
 @needs_two_cores
 @pytest.mark.parametrize("to_all", [True, False], ids=["SIGINT to all", "SIGTERM to the sweep"])
-def test_processes_that_are_interrupted_leave_checkpoints_and_begin_no_other_run(to_all, tmp_path):
+def test_interrupted_processes_leave_checkpoints_and_begin_no_other_run(to_all, tmp_path):
     with _long_sweep(tmp_path) as (process, folders):
         os.killpg(process.pid, signal.SIGINT) if to_all else process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)
@@ -390,7 +452,7 @@ def test_processes_that_are_interrupted_leave_checkpoints_and_begin_no_other_run
 @pytest.mark.slow
 @needs_two_cores
 @pytest.mark.parametrize("who", ["a worker", "the sweep"])
-def test_killed_process_ends_the_sweep_with_a_message_and_a_killed_sweep_its_processes(who, tmp_path):
+def test_killed_process_ends_the_sweep_and_a_killed_sweep_its_processes(who, tmp_path):
     with _long_sweep(tmp_path) as (process, folders):
         children = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
         workers = [pid for pid in children if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]
@@ -427,11 +489,12 @@ def test_errors_of_a_process_are_those_of_the_run(tmp_path):
     config = load_plan(path, overrides).config("baseline", {}, {"seed": 1})
     folder = tmp_path / "of another config"
     write_json(folder / "run.json", {"config": {}, "data": {}, "environment": {}})
-    with Workers(2) as workers, pytest.raises(UserError, match=r"of another config/run\.json: is damaged"):
-        workers.train([config], [folder], titles=["a"])
     broken.write_bytes(b"1234567")
-    with Workers(1) as workers, pytest.raises(UserError, match=r"Train/3/00001.bin: size must be a positive multiple of 5 bytes"):
-        workers.train([config], [tmp_path / "new"], titles=["c"])
+    with Workers(1) as workers:
+        with pytest.raises(UserError, match=r"of another config/run\.json: is damaged"):
+            workers.train([config], [folder], titles=["a"])
+        with pytest.raises(UserError, match=r"Train/3/00001.bin: size must be a positive multiple of 5 bytes"):
+            workers.train([config], [tmp_path / "new"], titles=["c"])
 
 
 def test_more_processes_than_cores_and_processes_together_are_refused(tmp_path):
@@ -470,6 +533,7 @@ def test_equal_values_do_not_differ():
 # Methods and configs.
 
 PATHS = sorted(Path("configs").glob("study_*.py"))
+shipped_plan = functools.cache(load_plan)
 SMALL = {
     Path("configs/study_digits_small.py"): {"dataset.downsample", "network.features"},
     Path("configs/study_nmnist_small.py"): {"dataset.downsample", "num_epochs"},
@@ -481,7 +545,7 @@ TRAINED = [name for name, method in METHODS.items() if not method.calibrates]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_each_method_differs_from_the_baseline_in_what_it_says_and_in_nothing_else(path):
+def test_each_method_differs_from_the_baseline_as_it_says_alone(path):
     configs = {name: flatten(load_configs(f"{path}:{name}", with_data=False)[""]) for name in TRAINED}
     baseline = configs["baseline"]
     for name, config in configs.items():
@@ -501,7 +565,7 @@ def test_each_method_differs_from_the_baseline_in_what_it_says_and_in_nothing_el
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_shipped_study_is_whole(path):
-    plan = load_plan(path)
+    plan = shipped_plan(path)
     left_out = METHODS.keys() - plan.study.methods.keys()
     assert list(plan.study.methods) == [name for name in METHODS if name not in left_out]
     assert not left_out or path in (Path("configs/study_nmnist_tuned.py"), Path("configs/study_gestures_tuned.py"))
@@ -515,7 +579,7 @@ def test_shipped_study_is_whole(path):
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_matched_controls_take_as_many_gradients(path):
-    plan = load_plan(path)
+    plan = shipped_plan(path)
 
     def cost(name):
         config = plan.configs[METHODS[name].calibrates or name]
@@ -544,8 +608,8 @@ def test_unknown_method_is_named():
 # Page.
 
 
-def test_findings_claim_nothing_within_two_standard_errors_and_name_what_did_not_help(study, tmp_path):
-    results = run_study(study(), [], tmp_path / "page", train=Trainer())
+def test_findings_claim_nothing_within_two_standard_errors(straight):
+    results = straight.results
     row = results["methods"]["sast"]["comparisons"][0]
     assert row["control"] == "baseline_twice"
     assert row["hard"]["clear"]  # The noise of the seeds cancels.
@@ -566,8 +630,8 @@ def test_findings_claim_nothing_within_two_standard_errors_and_name_what_did_not
     assert "It is lower with: SAST, independent batch (-2.0 ± 0.3)" in " ".join(find(results))
 
 
-def test_what_is_recommended_is_cheap_and_chosen_by_validation_though_the_test_part_disagrees(study, tmp_path):
-    results = run_study(study(), [], tmp_path / "page", train=Trainer())
+def test_what_is_recommended_is_cheap_and_chosen_by_validation(straight):
+    results = straight.results
     methods = results["methods"]
     values = (("baseline", 1, 70, 80), ("baseline_twice", 2, 95, 96), ("sast", 2, 90, 97), ("noise", 1.2, 75, 72))
     for name, ratio, validation, hard in values:
@@ -586,8 +650,8 @@ def test_what_is_recommended_is_cheap_and_chosen_by_validation_though_the_test_p
     assert not [text for text in find(results) if "on the validation part" in text]
 
 
-def test_page_shows_every_number_and_selection_and_figures_are_written(study, tmp_path):
-    results = run_study(study(), [], tmp_path / "page", train=Trainer())
+def test_page_shows_every_number_and_selection_and_has_its_figures(straight, tmp_path):
+    results = straight.results
     write_page(results, tmp_path / "page")
     text = (tmp_path / "page" / "results.md").read_text()
     for row in results["methods"].values():

@@ -17,31 +17,20 @@ import tensorstore
 
 from sast_jax import load_run
 from sast_jax.cli import main
-from sast_jax.config import SCHEMA, load_configs, to_json
+from sast_jax.config import SCHEMA, to_json
 from sast_jax.errors import Interrupted, SuspicionWarning, UserError
 from sast_jax.files import MAX_JSON_BYTES, only_process, write_json
 from sast_jax.training import init_state, read_metrics, train_and_evaluate, train_variants
 from sast_jax.training.build import make_network, make_optimizer
 from sast_jax.training.checkpoints import Checkpoints, restore
 from sast_jax.training.progress import Progress
-from tests.conftest import TINY, assert_trees_equal, write_small_nmnist
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished run of 6 steps, its checkpoints of steps 3 and 6, and its config."""
-    folder = tmp_path_factory.mktemp("trained")
-    root = write_small_nmnist(folder / "data")
-    overrides = [*TINY, f"dataset.root={root}", "num_epochs=2", "checkpoint_every_epochs=1"]
-    config = load_configs("configs/nmnist.py:sast", overrides)[""]
-    train_and_evaluate(config, folder / "run")
-    return folder / "run", config
+from tests.conftest import assert_trees_equal
 
 
 @pytest.fixture
-def run(trained, tmp_path):
-    """A copy of the finished run, to be damaged."""
-    return shutil.copytree(trained[0], tmp_path / "run")
+def config(trained):
+    """Config of the trained run of SAST."""
+    return trained.config()
 
 
 @pytest.fixture
@@ -83,17 +72,17 @@ def test_second_process_is_refused_by_name_until_the_first_is_killed(tiny, holde
 
 
 @pytest.mark.parametrize("held", ["", "sast"])
-def test_pair_is_refused_before_training_if_another_process_has_a_part_of_it(tiny, holder, tmp_path, held):
+def test_pair_is_not_begun_if_another_process_has_a_part_of_it(tiny, holder, tmp_path, held):
     holder(tmp_path / held)
     with pytest.raises(UserError, match="is in use by process"):
         train_variants({"baseline": tiny("baseline"), "sast": tiny("sast")}, tmp_path)
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_finished_run_is_reported_though_another_process_has_its_folder(trained, run, holder):
+def test_finished_run_is_reported_though_another_process_has_its_folder(config, run, holder):
     holder(run)
     before = snapshot(run)
-    assert train_and_evaluate(trained[1], run)["num_test"] == 20
+    assert train_and_evaluate(config, run)["num_test"] == 20
     assert snapshot(run) == before
 
 
@@ -127,28 +116,24 @@ def full_disk():
 # The threads that the checkpointer leaves behind when a write fails complain to event loops that are closed by then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_full_disk_while_a_checkpoint_is_written_is_a_message_and_the_run_goes_on_bit_for_bit(
-    tiny, tmp_path, monkeypatch, full_disk
-):
-    config = tiny("sast", "num_epochs=4", "checkpoint_every_epochs=1")
-    train_and_evaluate(config, tmp_path / "straight")
+def test_run_that_met_a_full_disk_goes_on_bit_for_bit(trained, config, tmp_path, monkeypatch, full_disk):
     save = Checkpoints.save
 
-    def full_from_the_third_on(self, state, **meta):
-        if state.step < 9:
+    def full_from_the_second_on(self, state, **meta):
+        if state.step < 6:
             return save(self, state, **meta)
         self._manager.wait_until_finished()
         with full_disk(4096):
             save(self, state, **meta)
             self.close()
 
-    monkeypatch.setattr(Checkpoints, "save", full_from_the_third_on)
+    monkeypatch.setattr(Checkpoints, "save", full_from_the_second_on)
     with pytest.raises(UserError, match=r"a checkpoint could not be written to .*Make room"):
         train_and_evaluate(config, tmp_path / "full")
-    assert load_run(tmp_path / "full").step == 6
+    assert load_run(tmp_path / "full").step == 3
     monkeypatch.setattr(Checkpoints, "save", save)
     train_and_evaluate(config, tmp_path / "full")
-    assert_trees_equal(load_run(tmp_path / "full").params, load_run(tmp_path / "straight").params)
+    assert_trees_equal(load_run(tmp_path / "full").params, load_run(trained.pair).params)
 
 
 def test_full_disk_leaves_the_old_file_and_no_half_of_the_new_one(tmp_path, full_disk):
@@ -169,7 +154,7 @@ def as_nobody():
     os.seteuid(user)
 
 
-def test_read_only_folder_is_a_message(trained, run, tmp_path, request):
+def test_read_only_folder_is_a_message(run, tmp_path, request):
     for path in (tmp_path.parent, tmp_path, run):
         path.chmod(0o755)
     run.chmod(0o555)
@@ -180,25 +165,23 @@ def test_read_only_folder_is_a_message(trained, run, tmp_path, request):
         write_json(run / "evaluation.json", {})
 
 
-def test_clock_that_runs_backwards_changes_nothing(tiny, tmp_path, monkeypatch):
-    config = tiny("sast", "num_epochs=4", "checkpoint_every_epochs=1")
-    train_and_evaluate(config, tmp_path / "straight")
+def test_clock_that_runs_backwards_changes_nothing(trained, config, tmp_path, monkeypatch):
     advance, steps, now = Progress.advance, [], time.time()
 
     def stop(self):
         advance(self)
         steps.append(1)
-        if len(steps) == 8:
+        if len(steps) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Progress, "advance", stop)
     monkeypatch.setattr(time, "time", lambda: now - 60 * len(steps))  # A minute back at each step.
-    with pytest.raises(Interrupted, match="stopped at step 8"):
+    with pytest.raises(Interrupted, match="stopped at step 5"):
         train_and_evaluate(config, tmp_path / "run")
     monkeypatch.setattr(time, "time", lambda: now - 1e8)
     results = train_and_evaluate(config, tmp_path / "run")
     assert 0 < results["wall_time_seconds"] < 600
-    assert_trees_equal(load_run(tmp_path / "run").params, load_run(tmp_path / "straight").params)
+    assert_trees_equal(load_run(tmp_path / "run").params, load_run(trained.pair).params)
 
 
 def go_on(run, config):
@@ -220,15 +203,16 @@ def damage_of(kind, file):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ["removed", "cut off", "bit flipped"])
-def test_checkpoint_damaged_anywhere_is_refused_or_read_unharmed(trained, run, tmp_path, kind, capfd):
-    good = load_run(trained[0]).params
+def test_checkpoint_damaged_anywhere_is_refused_or_read_unharmed(config, run, kind, capfd):
+    target = state_of(config)
+    good, _ = restore(run, target)
     messages = []
     for file in sorted((run / "checkpoints" / "6").rglob("*")):
         if file.is_file() and file.stat().st_size:
             before = file.read_bytes()
             damage_of(kind, file)
             try:
-                assert_trees_equal(load_run(run).params, good)
+                assert_trees_equal(restore(run, target)[0], good)
             except UserError as error:
                 messages.append(str(error))
             file.write_bytes(before)
@@ -237,46 +221,46 @@ def test_checkpoint_damaged_anywhere_is_refused_or_read_unharmed(trained, run, t
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_damaged_checkpoint_is_not_destroyed_and_the_one_before_it_serves_when_it_is_removed(trained, run):
+def test_damaged_checkpoint_is_kept_and_the_one_before_it_serves(config, run):
     expected = load_run(run).params
     damaged = run / "checkpoints" / "6"
     damage_of("cut off", max((damaged / "state").rglob("d/*"), key=lambda path: path.stat().st_size))
     before = snapshot(run)
     with pytest.raises(UserError, match="remove that folder to go on from the one before it"):
-        go_on(run, trained[1])
+        go_on(run, config)
     (run / "results.json").write_bytes(before[run / "results.json"])
     assert snapshot(run) == before
     shutil.rmtree(damaged)
-    go_on(run, trained[1])
+    go_on(run, config)
     assert_trees_equal(load_run(run).params, expected)
 
 
 @pytest.mark.parametrize("name", ["7", "007", "notes", "6.orbax-checkpoint-tmp-1", "99999999999999999999999"])
-def test_foreign_folder_among_the_checkpoints_is_refused_by_name_or_left_alone(trained, run, name):
+def test_foreign_folder_among_checkpoints_is_named_or_left_alone(config, run, name):
     foreign = run / "checkpoints" / name
     foreign.mkdir()
     if name == str(int(name) if name.isdigit() else ""):
         with pytest.raises(UserError, match=f"checkpoints/{name}'"):
-            go_on(run, trained[1])
+            go_on(run, config)
     else:
-        go_on(run, trained[1])
+        go_on(run, config)
         assert load_run(run).step == 6
 
 
-def test_checkpoint_under_another_step_is_refused(trained, run):
+def test_checkpoint_under_another_step_is_refused(run):
     (run / "checkpoints" / "6").rename(run / "checkpoints" / "9")
     with pytest.raises(UserError, match=r"was changed after it was written.*\n.*its step is 6"):
         load_run(run)
 
 
-def test_checkpoint_beyond_the_end_is_refused(trained, run):
-    state = state_of(trained[1])
+def test_checkpoint_beyond_the_end_is_refused(config, run):
+    state = state_of(config)
     shutil.rmtree(run / "checkpoints")
     checkpoints = Checkpoints(run)
     checkpoints.save(state.__class__(jnp.int32(60), state.params, state.opt_state), seconds=1.0)
     checkpoints.close()
     with pytest.raises(UserError, match="checkpoint of step 60, but the run ends at 6"):
-        go_on(run, trained[1])
+        go_on(run, config)
 
 
 def state_of(config):
@@ -290,8 +274,8 @@ def saved(folder, state):
     return folder
 
 
-def test_state_of_other_types_names_or_shapes_is_refused_and_never_cast(trained, tmp_path):
-    state = state_of(trained[1])
+def test_state_of_other_types_names_or_shapes_is_refused_and_never_cast(config, tmp_path):
+    state = state_of(config)
     assert_trees_equal(restore(saved(tmp_path / "same", state), state)[0], state)
     half = state.replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
     wide = state.replace(params={**state.params, "readout": {**state.params["readout"], "bias": jnp.zeros(11)}})
@@ -307,8 +291,8 @@ def test_state_of_other_types_names_or_shapes_is_refused_and_never_cast(trained,
         restore(tmp_path / "same", more)
 
 
-def test_weights_that_are_not_finite_are_named(trained, tmp_path):
-    state = state_of(trained[1])
+def test_weights_that_are_not_finite_are_named(config, tmp_path):
+    state = state_of(config)
     kernel = state.params["dense_0"]["kernel"].at[3, 1].set(jnp.nan)
     state = state.replace(params={**state.params, "dense_0": {**state.params["dense_0"], "kernel": kernel}})
     with pytest.raises(UserError, match=r"dense_0.kernel holds numbers that are not finite"):
@@ -316,7 +300,7 @@ def test_weights_that_are_not_finite_are_named(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("shape", "chunks"), [([100_000, 100_000], [100_000, 100_000]), ([2312, 8], [100_000, 100_000])])
-def test_checkpoint_that_asks_for_forty_gigabytes_is_refused_before_they_are_allocated(run, shape, chunks):
+def test_checkpoint_that_asks_for_forty_gigabytes_is_refused_in_time(run, shape, chunks):
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{run}/checkpoints/6/state/"}).result()
     key = b"params.dense_0.kernel/.zarray"
     header = json.loads(store.read(key).result().value)
@@ -332,7 +316,7 @@ def rewrite(run, **changes):
     (run / "run.json").write_text(json.dumps({**content, **changes}))
 
 
-def test_run_of_an_earlier_version_lacks_fields_and_is_read_and_gone_on_with(trained, run, monkeypatch):
+def test_run_of_an_earlier_version_is_read_and_gone_on_with(config, run, monkeypatch):
     rewrite(run, format=1)
     content = json.loads((run / "run.json").read_text())
     del content["format"], content["config"]["sam"]["start"]
@@ -341,37 +325,38 @@ def test_run_of_an_earlier_version_lacks_fields_and_is_read_and_gone_on_with(tra
         load_run(run)
     monkeypatch.setitem(SCHEMA, "sam.start", SCHEMA["sam.start"].or_else(0.0))
     assert load_run(run).config.sam.start == 0.0
-    assert go_on(run, trained[1])["num_test"] == 20
+    assert go_on(run, config)["num_test"] == 20
 
 
-def test_run_whose_fields_mean_something_else_is_refused_with_the_version_that_wrote_it(trained, run):
+def test_run_of_another_format_is_refused_with_the_version_that_wrote_it(trained, config, run):
     for changes, message in (
         ({"format": 2}, r"is of sast_jax 0.1.0, which wrote runs of format 2; this version reads format 1"),
-        ({"config": {**to_json(trained[1]), "shape": 3}}, r"its config, of sast_jax 0.1.0, .*\n.*shape: there is no such field"),
+        ({"config": {**to_json(config), "shape": 3}}, r"its config, of sast_jax 0.1.0, .*\n.*shape: there is no such field"),
     ):
-        shutil.copy(trained[0] / "run.json", run)
+        shutil.copy(trained.pair / "sast/run.json", run)
         rewrite(run, **changes)
-        for attempt in (lambda: load_run(run), lambda: go_on(run, trained[1])):
-            shutil.copy(trained[0] / "results.json", run)
+        for attempt in (lambda: load_run(run), lambda: go_on(run, config)):
+            shutil.copy(trained.pair / "sast/results.json", run)
             with pytest.raises(UserError, match=message):
                 attempt()
 
 
+HOSTILE = {
+    "empty": b"",
+    "cut off": b"{",
+    "deep": b"[" * 100_000,
+    "no text": b"\xff\xfe\x00",
+    "wrong types": b'{"config": 1, "data": [], "environment": "x", "seconds": "many"}',
+    "wrong values": b'{"config": {"a.b": {"c": 1}}, "data": {"checksum": 1, "num_classes": 1e99}, "environment": {}, '
+    b'"seconds": -1}',
+    "huge": b'{"config": {}, "data": {"checksum": "x", "num_classes": 40000000000}, "environment": {}, "seconds": NaN}',
+    "outside": b'["../../outside"]',
+    "results": b'{"surrogate_accuracy": "x", "hard_accuracy": [], "transfer_gap": null, "num_test": {}}',
+}
+
+
 @pytest.mark.parametrize("name", ["run.json", "results.json", "runs.json", "checkpoints/6/meta/metadata"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"[" * 100_000,
-        b"\xff\xfe\x00",
-        b'{"config": 1, "data": [], "environment": "x", "seconds": "many"}',
-        b'{"config": {"a.b": {"c": 1}}, "data": {"checksum": 1, "num_classes": 1e99}, "environment": {}, "seconds": -1}',
-        b'{"config": {}, "data": {"checksum": "x", "num_classes": 40000000000}, "environment": {}, "seconds": NaN}',
-        b'["../../outside"]',
-        b'{"surrogate_accuracy": "x", "hard_accuracy": [], "transfer_gap": null, "num_test": {}}',
-    ],
-)
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_json_is_a_message(run, name, content, capsys):
     (run / name).write_bytes(content)
     assert main(["evaluate", f"--workdir={run}"]) == 2
@@ -392,14 +377,14 @@ def test_json_without_end_or_measure_is_a_message(run, capsys):
     assert "67108864 are allowed" in capsys.readouterr().err
 
 
-def test_damaged_line_among_the_metrics_is_named_and_nothing_is_lost(trained, run):
+def test_damaged_line_among_the_metrics_is_named_and_nothing_is_lost(trained, config, run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     for damaged in ("{not json", '{"epoch": 1}', "3", '{"step": "x"}', "[" * 100_000):
         text = "\n".join([damaged, *lines]) + "\n"
         (run / "metrics.jsonl").write_text(text)
-        shutil.copy(trained[0] / "results.json", run)
+        shutil.copy(trained.pair / "sast/results.json", run)
         with pytest.raises(UserError, match=r"metrics.jsonl: line 1 is damaged .*; remove that line"):
-            go_on(run, trained[1])
+            go_on(run, config)
         assert (run / "metrics.jsonl").read_text() == text
     (run / "metrics.jsonl").write_text("\n".join([*lines, "{not json"]))
     assert [line["step"] for line in read_metrics(run)] == [3, 6]

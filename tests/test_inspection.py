@@ -21,7 +21,7 @@ def run(small_nmnist, tmp_path, capsys):
     return command
 
 
-def test_info_counts_recordings_classes_and_events_and_names_the_licence(run, tmp_path):
+def test_info_counts_recordings_and_events_and_names_the_licence(run, tmp_path):
     status, out, _ = run("info", f"--workdir={tmp_path / 'out'}")
     assert status == 0
     assert "N-MNIST (Orchard" in out
@@ -36,7 +36,7 @@ def test_info_counts_recordings_classes_and_events_and_names_the_licence(run, tm
     assert 0.4 < summary["parts"]["train"]["brighter"] < 0.6
 
 
-def test_set_of_recordings_that_differ_in_length_is_described_without_rates(small_gestures, tmp_path):
+def test_recordings_that_differ_in_length_are_described_without_rates(small_gestures, tmp_path):
     own = {"name": "dvs_gesture", "num_time_steps": 4, "num_validation": 0, "root": str(small_gestures), "downsample": 4}
     summary = summarize(**own)
     assert summary["parts"]["test"]["recordings"] == 22
@@ -48,7 +48,7 @@ def test_set_of_recordings_that_differ_in_length_is_described_without_rates(smal
     assert summarize(**own, duration=0.8)["frame_milliseconds"] == 200
 
 
-def test_prepare_fills_the_cache_so_that_recordings_are_not_read_again(run, small_nmnist, monkeypatch, tmp_path):
+def test_prepare_fills_the_cache_and_nothing_is_read_again(run, small_nmnist, monkeypatch, tmp_path):
     monkeypatch.setenv("SAST_JAX_CACHE", str(tmp_path / "cache"))
     status, out, _ = run("prepare")
     assert status == 0

@@ -1,9 +1,11 @@
 import errno
+import functools
 import itertools
-import multiprocessing
-import os
+import json
 import resource
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -28,7 +30,6 @@ from sast_jax.data import (
 )
 from sast_jax.errors import UserError
 from sast_jax.training import train_and_evaluate
-from tests.test_training import TINY
 
 
 @given(
@@ -54,7 +55,7 @@ def test_shares_that_would_be_unequal_are_refused():
         batch_indices(50, 8, seed=0, stream=DESCENT, step=0, process_index=2, process_count=2)
 
 
-def test_generators_of_all_streams_and_epochs_walk_along_sequences_of_their_own():
+def test_generators_of_streams_and_epochs_have_sequences_of_their_own():
     # The increment of PCG64 selects one of its 2^127 sequences: no two of these generators walk along the same one.
     seeds = itertools.product((0, 1, 2**32 - 1), (DESCENT, PERTURBATION), range(300))
     states = [np.random.default_rng(seed).bit_generator.state["state"] for seed in seeds]
@@ -73,7 +74,7 @@ def test_batch_of_a_stream_does_not_depend_on_what_was_drawn_before():
     assert not any(first == second for first in orders[0] for second in orders[1])
 
 
-def test_recordings_on_the_device_and_on_the_host_give_the_same_batches(recordings):
+def test_recordings_on_device_and_host_give_the_same_batches(recordings):
     indices = np.array([5, 0, 3])
     expected = take_batch(recordings, indices)
     for limit in (None, 0):
@@ -97,7 +98,7 @@ def test_recordings_that_do_not_fit_stay_on_the_host(recordings, monkeypatch):
 
 @given(asked=st.lists(st.integers(0, 9), min_size=1, max_size=12), depth=st.integers(0, 3))
 @settings(max_examples=30, deadline=None)
-def test_prefetched_function_returns_what_it_is_at_any_step_in_any_order(asked, depth):
+def test_prefetched_function_is_what_it_was_at_any_step_in_any_order(asked, depth):
     with Prefetch(lambda step: step * step, num_steps=10, depth=depth) as fetch:
         assert [fetch(step) for step in asked] == [step * step for step in asked]
 
@@ -132,34 +133,29 @@ def test_error_while_prefetching_surfaces_at_its_step():
         assert fetch(2) == 2
 
 
-@pytest.fixture
-def tiny(small_nmnist):
-    def load(*overrides):
-        return load_configs("configs/nmnist.py:sast", [*TINY, f"dataset.root={small_nmnist}", "num_epochs=2", *overrides])[""]
-
-    return load
+def test_training_from_host_memory_equals_training_from_device_memory(trained, tmp_path, monkeypatch):
+    config, from_device = trained.config(), json.loads((trained.pair / "sast/results.json").read_text())
+    monkeypatch.setattr("sast_jax.data.loading.RESIDENT_BYTES", 0)
+    assert train_and_evaluate(config, tmp_path / "host")["surrogate_loss"] == from_device["surrogate_loss"]
 
 
-def test_training_from_host_memory_equals_training_from_device_memory(tiny, tmp_path, monkeypatch):
-    losses = []
-    for name, limit in (("device", 2**30), ("host", 0)):
-        monkeypatch.setattr("sast_jax.data.loading.RESIDENT_BYTES", limit)
-        losses.append(train_and_evaluate(tiny(), tmp_path / name)["surrogate_loss"])
-    assert losses[0] == losses[1]
-
-
-def test_augmentation_changes_what_is_learnt(tiny, tmp_path):
-    plain = train_and_evaluate(tiny(), tmp_path / "plain")
-    changed = train_and_evaluate(tiny("augmentation.max_shift=2", "augmentation.drop=0.2"), tmp_path / "changed")
-    assert plain["surrogate_loss"] != changed["surrogate_loss"]
+def test_augmentation_changes_what_is_learnt(trained, tmp_path):
+    path, overrides = str(trained.pair / "sast/run.json"), ["augmentation.max_shift=2", "augmentation.drop=0.2"]
+    changed = train_and_evaluate(load_configs(path, overrides)[""], tmp_path / "changed")
+    assert json.loads((trained.pair / "sast/results.json").read_text())["surrogate_loss"] != changed["surrogate_loss"]
 
 
 def batch_of(frames):
     return Batch(jnp.asarray(frames, jnp.uint8), np.zeros(frames.shape[1], np.int32), np.ones(frames.shape[1], bool))
 
 
+@functools.cache
+def compiled(**arguments):
+    return jax.jit(make_augment(**arguments))
+
+
 def augmented(frames, *, step=0, stream=DESCENT, binary=False, seed=0, **amounts):
-    augment = jax.jit(make_augment(**amounts, binary=binary, seed=seed), static_argnums=2)
+    augment = compiled(**amounts, binary=binary, seed=seed)
     return np.asarray(augment(batch_of(frames), jnp.int32(step), stream).frames)
 
 
@@ -167,7 +163,7 @@ def test_no_augmentation_is_none():
     assert make_augment(binary=True, seed=0) is None
 
 
-def test_shift_moves_each_recording_as_a_whole_up_to_its_limit_with_every_shift_as_likely():
+def test_shift_moves_recordings_as_a_whole_with_every_shift_as_likely():
     frames = np.zeros((2, 400, 9, 9, 2), np.uint8)
     frames[0, :, 4, 4, 0], frames[1, :, 5, 4, 1] = 3, 7
     shifted = augmented(frames, max_shift=2)
@@ -184,7 +180,7 @@ def test_shift_moves_each_recording_as_a_whole_up_to_its_limit_with_every_shift_
     assert gone.mean() == pytest.approx(1 - (3 / 5) ** 2, abs=0.15)  # Of 5 shifts along each axis 2 move it off the sensor.
 
 
-def test_drop_and_jitter_have_their_probabilities_and_jitter_loses_nothing():
+def test_drop_and_jitter_have_their_probabilities_and_lose_no_more():
     rng = np.random.default_rng(0)
     frames = (rng.random((6, 8, 20, 20, 2)) < 0.3).astype(np.uint8) * 5
     dropped = augmented(frames, drop=0.3)
@@ -223,35 +219,44 @@ def toy(seed):
     return Recordings(frames, np.arange(200, dtype=np.int32), np.array([f"r{i}" for i in range(200)]))
 
 
-def build_again_and_again(folder, barrier, results):
-    """Loads the cache over and over while another process does, removing it in between."""
-    os.environ["SAST_JAX_CACHE"] = folder
-    barrier.wait()
+FILL = """
+import sys
+import numpy as np
+from sast_jax.data import Recordings, cache
+
+def toy():
+    frames = np.random.default_rng(0).integers(0, 255, (200, 4, 16, 16, 2)).astype(np.uint8)
+    return Recordings(frames, np.arange(200, dtype=np.int32), np.array([f"r{i}" for i in range(200)]))
+
+def build_again_and_again():
     checksums = set()
     for round_number in range(30):
-        checksums.add(cache.load_or_build({"name": "toy"}, lambda: toy(0)).checksum())
+        checksums.add(cache.load_or_build({"name": "toy"}, toy).checksum())
         if round_number % 3 == 0:
             for path in cache.cache_dir().glob("toy-*.npz"):
                 path.unlink(missing_ok=True)
-    results.put(checksums)
+    return checksums
+"""
 
 
-def test_two_processes_at_once_fill_and_read_one_cache(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=build_again_and_again, args=(str(tmp_path), barrier, results)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    seen = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert seen == [{toy(0).checksum()}] * 2
+def test_two_processes_at_once_fill_and_read_one_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAST_JAX_CACHE", str(tmp_path))
+    code = f"{FILL}\nprint(flush=True)\nsys.stdin.readline()\nprint(*build_again_and_again())"
+    here = {}
+    exec(FILL, here)
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        other.stdin.write("\n")
+        other.stdin.flush()
+        seen = here["build_again_and_again"]()
+        assert other.stdout.read().split() == [toy(0).checksum()]
+        assert other.wait(60) == 0
+    assert seen == {toy(0).checksum()}
     (path,) = tmp_path.iterdir()  # No temporary file is left.
     assert cache._load(path).checksum() == toy(0).checksum()
 
 
-def test_full_disk_while_writing_the_cache_is_a_message_and_leaves_the_old_file(tmp_path, monkeypatch):
+def test_full_disk_under_the_cache_is_a_message_and_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setenv("SAST_JAX_CACHE", str(tmp_path))
     cache.load_or_build({"name": "toy"}, lambda: toy(0))
     (path,) = tmp_path.iterdir()

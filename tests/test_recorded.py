@@ -36,7 +36,7 @@ def frames_by_hand(events, num_time_steps, duration, downsample):
     return frames
 
 
-def test_array_is_read_as_it_was_written_with_times_from_its_first_event(tmp_path):
+def test_array_is_read_as_written_with_times_from_its_first_event(tmp_path):
     np.save(tmp_path / "3.npy", np.array([[5, 7, 1, 2.5], [127, 0, 0, 2.501], [0, 127, 1, 900.0]], np.float32))
     assert decoders.read_gesture_array(tmp_path / "3.npy").tolist() == [(5, 7, 0, 1), (127, 0, 1, 0), (0, 127, 897_500, 1)]
 
@@ -244,7 +244,7 @@ def test_damaged_aedat_file_is_named(small_aedat, change, message):
         load(small_aedat[0])
 
 
-def test_event_outside_the_sensor_is_refused_at_its_own_coordinates_though_pixels_are_joined(small_aedat):
+def test_event_outside_the_sensor_is_refused_though_pixels_are_joined(small_aedat):
     write_aedat(small_aedat[0] / "user25_natural.aedat", [[(128, 3, 5_000_001, 0)]])
     with pytest.raises(UserError, match=r"event x must be 0 to 127; got 128 to 128"):
         load(small_aedat[0])
@@ -258,7 +258,7 @@ def test_file_that_cannot_be_opened_is_no_bad_recording(small_gestures):
         load(small_gestures, skip_bad=True)
 
 
-def test_frames_beyond_the_memory_are_refused_before_they_are_asked_for(small_gestures):
+def test_frames_beyond_the_memory_are_refused(small_gestures):
     with pytest.raises(UserError, match=r"dataset.num_time_steps: frames 44x100000000x128x128x2 need .* GB, this machine has"):
         load(small_gestures, num_time_steps=100_000_000, downsample=1)
 
@@ -274,7 +274,7 @@ def test_small_array_file_cannot_ask_for_much_memory(tmp_path):
         decoders.read_gesture_array(tmp_path / "0.npy")
 
 
-def test_rows_of_overflow_that_tonic_takes_hours_for_are_refused_at_once(tmp_path):
+def test_rows_of_overflow_that_take_tonic_hours_are_refused_at_once(tmp_path):
     (tmp_path / "0.bin").write_bytes(bytes([1, 240, 0, 0, 1]) * 400_000)
     with pytest.raises(ValueError, match="event y must be 0 to 33; got 240"):
         decoders.read_nmnist_file(tmp_path / "0.bin")
@@ -374,7 +374,7 @@ def answer(monkeypatch):
         (b"\x1f\x8b" + b"x" * 100, "RuntimeError: File not found or corrupted"),
     ],
 )
-def test_dead_link_leaves_nothing_and_says_what_to_download_and_where_to_put_it(answer, tmp_path, body, message, capsys):
+def test_dead_link_leaves_nothing_and_says_what_to_put_where(answer, tmp_path, body, message, capsys):
     answer(body)
     for base in (tmp_path / "new" / "data", tmp_path):
         with pytest.raises(UserError) as error:
@@ -432,7 +432,7 @@ def test_cached_frames_follow_duration_and_downsampling(small_gestures):
     np.testing.assert_array_equal(joined, shapes[4, 0.5])
 
 
-def test_gestures_are_trained_on_and_what_was_skipped_stands_in_the_run(small_gestures, tmp_path, caplog):
+def test_gestures_are_trained_on_and_the_run_says_what_was_skipped(small_gestures, tmp_path, caplog):
     (small_gestures / "ibmGestureTrain" / "user01_led" / "3.npy").write_bytes(b"")
     overrides = ["num_time_steps=3", "downsample=8", "num_validation=5", "skip_bad=true", f"root={small_gestures}"]
     network = ["network.kind=mlp", "network.features=8", "batch_size=5", "num_epochs=1"]

@@ -4,6 +4,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,8 +21,7 @@ from sast_jax.report.markup import element, table
 from sast_jax.report.page import SECTIONS
 from sast_jax.training.build import load_data
 from tests.browser import CHROMIUM, open_browser
-from tests.conftest import write_small_nmnist
-from tests.test_cli import TINY, refused
+from tests.test_cli import move_recordings, refused
 
 METHODS = ("none", "threshold_layer", "threshold_channel", "gain_layer", "gain_channel", "search_layer", "gradient_channel")
 LAYERS = ("dense_0", "dense_1")
@@ -125,22 +125,6 @@ def theory():
     row |= {"measured": 0.5, "bound": 1.25, "vacuous": True, "tightness": 0.4}
     none = {"layer": "training", "holds": True, "measured": None, "bound": None, "vacuous": False, "tightness": None}
     return {"step": STEP, "recordings": "validation", "num_recordings": 10, "statements": [row, {**row, **none}]}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with recordings, `data`, and a pair of tiny runs, `pair`."""
-    folder = tmp_path_factory.mktemp("report")
-    write_small_nmnist(folder / "data")
-    arguments = ["--config=configs/nmnist.py", f"--workdir={folder / 'pair'}", f"--config.dataset.root={folder / 'data'}"]
-    assert main(["train", *arguments, *TINY, "--config.network.features=8,6", "--config.evaluate_every_epochs=1"]) == 0
-    return folder
-
-
-@pytest.fixture
-def pair(trained, tmp_path):
-    """A copy of the pair of runs, with nothing evaluated yet."""
-    return shutil.copytree(trained / "pair", tmp_path / "pair")
 
 
 @pytest.fixture
@@ -259,7 +243,7 @@ def test_grid_chart_has_a_cell_for_each_value_that_is_not_zero():
     ]
 
 
-def test_run_without_evaluation_is_shown_with_the_commands_for_the_rest(pair, capsys):
+def test_run_without_evaluation_names_the_commands_for_the_rest(pair, capsys):
     page = Page(report(pair))
     assert str(pair / "report.html") in capsys.readouterr().out
     assert page.headings == ["What the swap costs", "Training", "One recording", "Config and environment", "Not in this report"]
@@ -366,7 +350,7 @@ def test_measurements_of_other_weights_are_not_shown(full):
     assert "Calibration of sast: " in page.texts
 
 
-def test_run_that_is_not_finished_or_not_begun_is_shown_as_far_as_it_is(pair):
+def test_unfinished_run_is_shown_as_far_as_it_is(pair):
     shutil.rmtree(pair / "sast")
     (pair / "baseline" / "results.json").unlink()
     page = Page(report(pair))
@@ -380,13 +364,11 @@ def test_run_that_is_not_finished_or_not_begun_is_shown_as_far_as_it_is(pair):
 def test_recordings_that_are_gone_are_told_and_found_elsewhere(full, trained):
     moved = full.parent / "moved"
     for name in ("baseline", "sast"):
-        run = json.loads((full / name / "run.json").read_text())
-        run["config"]["dataset"]["root"] = str(moved)
-        (full / name / "run.json").write_text(json.dumps(run))
+        move_recordings(full / name, moved)
     page = Page(report(full))
     assert "One recording" not in page.headings
     assert any(f"{str(moved)!r} does not exist" in text for text in page.texts)
-    assert "One recording" in Page(report(full, f"--config.dataset.root={trained / 'data'}")).headings
+    assert "One recording" in Page(report(full, f"--config.dataset.root={trained.data}")).headings
 
 
 def test_folder_that_is_no_run_and_damaged_files_are_refused(full, capsys, tmp_path):
@@ -413,13 +395,14 @@ def test_recording_is_shown_as_the_networks_see_it(pair):
     for name in ("baseline", "sast"):
         run = load_run(pair / name)
         test = load_data(run.config).test
+        apply = jax.jit(run.network.apply, static_argnums=2)
         place = np.flatnonzero(test.ids == example.id)
         frames = take_batch(test, place).frames
         np.testing.assert_array_equal(example.frames, frames[:, 0])
         assert example.label == test.labels[place]
         for mode in ("surrogate", "hard"):
             np.testing.assert_allclose(example.logits[name][mode], run.predict(frames, mode)[0], atol=1e-5)
-            spikes = run.network.apply({"params": run.params}, frames.astype(np.float32), mode).spikes
+            spikes = apply({"params": run.params}, frames.astype(np.float32), mode).spikes
             for layer, expected in zip(example.layers[name], spikes, strict=True):
                 assert layer.num_neurons == expected.shape[-1]
                 assert {tuple(each) for each in layer.spikes[mode].T.round(5)} <= {

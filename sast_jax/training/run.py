@@ -33,11 +33,14 @@ MAY_MOVE = ("dataset.root", "dataset.download", "dataset.images")
 
 def environment() -> dict[str, Any]:
     """Returns the versions, the device and the number of CPU cores that a result was made with."""
-    packages = ("sast_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"device": jax.devices()[0].device_kind, "num_cores": num_cores} | {
-        name: importlib.metadata.version(name) for name in packages
-    }
+    return {"device": jax.devices()[0].device_kind, "num_cores": num_cores, **_versions()}
+
+
+@functools.cache
+def _versions():
+    packages = ("sast_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 FORMAT = 1
