@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from sast_jax import config as config_lib
-from sast_jax.errors import Diverged, UserError, refuse
+from sast_jax.errors import Diverged, UserError, refuse, warn
 from sast_jax.evaluation.calibration import evaluate_calibration
 from sast_jax.experiments.board import Board
 from sast_jax.experiments.comparison import compare
@@ -20,12 +21,14 @@ from sast_jax.experiments.plan import load_plan
 from sast_jax.experiments.study import BASELINE
 from sast_jax.files import only_process, write_json
 from sast_jax.training import train_many
-from sast_jax.training.build import costs_a_gradient, load_data
+from sast_jax.training.build import load_data, num_gradients
 from sast_jax.training.processes import Workers, share_cores
 from sast_jax.training.run import MAY_MOVE, RESULTS, RUN, RUNS, load_run_and_data, read_json
 from sast_jax.training.together import default_together
 
 STUDY, CALIBRATION, DIVERGED = "study.json", "calibration.json", "diverged.json"
+
+_STEPS_OF_AN_EPOCH = 100  # Costs are compared before the data, and with them the number of steps, are known.
 
 Train = Callable[..., list[Any]]
 
@@ -61,6 +64,8 @@ def run_study(
         UserError: If the study is wrong, the folder belongs to another one, or a tested run fails.
         Interrupted: On SIGINT or SIGTERM; the same call goes on.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        warn('figures need matplotlib, so the results page will fail: pip install "sast_jax[plots]" now or before the end')
     plan = load_plan(path, overrides)
     _refuse_other(workdir)
     if processes > 1:
@@ -172,7 +177,7 @@ class _Sweep:
 
     @staticmethod
     def _cost(config):
-        return config.num_epochs * (1 + costs_a_gradient(config))
+        return num_gradients(config, config.num_epochs * _STEPS_OF_AN_EPOCH)
 
     def _run(self, batches, finish=lambda name, runs: None):
         """Results by folder of runs given by method and folder, `None` for one that diverged, which is not trained again.

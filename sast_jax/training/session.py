@@ -27,6 +27,7 @@ from sast_jax.training.build import (
     make_network,
     make_optimizer,
     make_projection,
+    num_gradients,
     sam_schedule,
 )
 from sast_jax.training.checkpoints import Checkpoints, restore
@@ -226,14 +227,12 @@ class Session:
         if self.diverged is not None:
             return self.diverged
         epoch_seconds = [line["seconds"] for line in read_metrics(self.workdir) if line["num_steps"] == task.steps_per_epoch]
-        num_perturbations = sum(map(bool, map(task.perturbs, range(task.num_steps)))) if costs_a_gradient(config) else 0
-        num_gradients = task.num_steps + num_perturbations * task.perturbation_batch_size / config.batch_size
         results = {
             **transfer,
             **{key: task.data[key] for key in ("num_train", "num_validation")},
             "num_test": task.data["num_test"] if config.test else 0,
             "validation": validation,
-            "num_gradient_evaluations": num_gradients,
+            "num_gradient_evaluations": num_gradients(config, task.num_steps),
             "wall_time_seconds": self._seconds_before + seconds(),
             "warm_start_cost": task.warm_start_cost,
             "median_epoch_seconds": float(np.median(epoch_seconds)) if epoch_seconds else None,
