@@ -158,13 +158,13 @@ def _train(args, overrides):
     from sast_jax import config as config_lib
     from sast_jax.devices import connect_hosts, is_first_host, split_cpu
     from sast_jax.training import train_variants
-    from sast_jax.training.run import RESULTS, read_json
+    from sast_jax.training.records import RESULTS, read_record
 
     if args.hosts is not None:
         connect_hosts(args.hosts)
     else:
         split_cpu()
-    is_finished = read_json(args.workdir / RESULTS) is not None  # Then its recordings may be gone.
+    is_finished = read_record(args.workdir / RESULTS) is not None  # Then its recordings may be gone.
     configs = config_lib.load_configs(args.config, overrides, with_data=not is_finished)
     results = train_variants(configs, args.workdir)
     if is_first_host():
@@ -186,7 +186,8 @@ def _sweep(args, overrides):
 
 def _evaluate(args, overrides):
     from sast_jax.devices import split_cpu
-    from sast_jax.evaluation.suites import EVALUATION, evaluate_run, parse_suites, summarize
+    from sast_jax.evaluation.suites import evaluate_run, parse_suites, summarize
+    from sast_jax.training.records import EVALUATION
     from sast_jax.training.run import run_members
 
     suites = parse_suites(args.suite)
@@ -209,6 +210,7 @@ def _evaluate(args, overrides):
 def _theory(args, overrides):
     from sast_jax.evaluation.theory import format_statements
     from sast_jax.files import write_json
+    from sast_jax.training.records import THEORY
     from sast_jax.training.run import load_run_and_data, run_members
     from sast_jax.training.theory import evaluate_run_theory
 
@@ -216,9 +218,9 @@ def _theory(args, overrides):
         workdir = args.workdir / name
         run, _, splits = load_run_and_data(workdir, overrides)
         results = evaluate_run_theory(run, splits)
-        write_json(workdir / "theory.json", results)
+        write_json(workdir / THEORY, results)
         print(f"{workdir.resolve().name}, {results['num_recordings']} {results['recordings']} recordings")
-        print(format_statements(results["statements"]) + f"\n\nResults: {workdir / 'theory.json'}")
+        print(format_statements(results["statements"]) + f"\n\nResults: {workdir / THEORY}")
 
 
 def _data(args, overrides):

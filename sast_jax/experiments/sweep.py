@@ -23,10 +23,9 @@ from sast_jax.files import only_process, write_json
 from sast_jax.training import train_many
 from sast_jax.training.build import load_data, num_gradients
 from sast_jax.training.processes import Workers, share_cores
-from sast_jax.training.run import MAY_MOVE, RESULTS, RUN, RUNS, load_run_and_data, read_json
+from sast_jax.training.records import CALIBRATION, DIVERGED, RESULTS, RUN, RUNS, STUDY, read_record
+from sast_jax.training.run import MAY_MOVE, load_run_and_data
 from sast_jax.training.together import default_together
-
-STUDY, CALIBRATION, DIVERGED = "study.json", "calibration.json", "diverged.json"
 
 _STEPS_OF_AN_EPOCH = 100  # Costs are compared before the data, and with them the number of steps, are known.
 
@@ -122,7 +121,7 @@ def _register(workdir, plan):
     """Writes what the study is, or checks it against what is written; methods and seeds may be added."""
     common = {"selection_seeds": list(plan.study.selection_seeds), "folds": plan.study.folds}
     new = {**common, "methods": _describe(plan)}
-    old = read_json(workdir / STUDY)
+    old = read_record(workdir / STUDY)
     if old is not None:
         # Fields that a later version brought.
         defaults = {
@@ -130,11 +129,8 @@ def _register(workdir, plan):
             for key, field in config_lib.SCHEMA.items()
             if field.default is not None and key not in MAY_MOVE
         }
-        try:
-            before = {name: defaults | config_lib.flatten(method) for name, method in old["methods"].items()}
-            old_common = {"selection_seeds": old["selection_seeds"], "folds": old.get("folds", 0)}
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{workdir / STUDY}: is damaged or not of sast-jax; choose another --workdir") from error
+        before = {name: defaults | config_lib.flatten(method) for name, method in old["methods"].items()}
+        old_common = {"selection_seeds": old["selection_seeds"], "folds": old.get("folds", 0)}
         differing = [
             f"{key}: the study there has {old_common[key]}, this one {common[key]}"
             for key in common
@@ -277,7 +273,7 @@ class _Sweep:
 
     def _calibrate(self, folder, parent):
         """Results of a run whose hard network is calibrated on its validation part, in the way of the lowest loss there."""
-        found = read_json(folder / CALIBRATION)
+        found = read_record(folder / CALIBRATION)
         if found is None:
             fields = config_lib.flatten(self._plan.configs[BASELINE])
             run, _, splits = load_run_and_data(folder, [f"{key}={fields[key]}" for key in MAY_MOVE])
