@@ -13,8 +13,8 @@ import numpy as np
 from publish import publish
 from transfer_gap import METHODS, describe, make_parser, parse, run_name, train
 
-from sast_jax.evaluation.suites import EVALUATION, SUITES, evaluate_run, parse_suites
-from sast_jax.training.run import read_json
+from sast_jax.evaluation.suites import SUITES, evaluate_run, parse_suites
+from sast_jax.training.records import EVALUATION, read_record
 
 CALIBRATIONS = {
     "none": "none: the swap alone",
@@ -31,11 +31,11 @@ CALIBRATIONS = {
 def evaluate(args, overrides, name):
     """Returns the evaluation of a run."""
     workdir = args.workdir / name
-    missing = [suite for suite in args.suites if suite not in (read_json(workdir / EVALUATION) or {})]
+    missing = [suite for suite in args.suites if suite not in (read_record(workdir / EVALUATION) or {})]
     root = [text for text in overrides if text.startswith("dataset.root=")]
     if missing:
         evaluate_run(workdir, missing, root, lambda text: print(f"{name}: {text}", flush=True))
-    evaluation = read_json(workdir / EVALUATION)
+    evaluation = read_record(workdir / EVALUATION)
     if "calibration" in args.suites:
         methods = evaluation["calibration"]["methods"]
         methods["chosen"] = methods[evaluation["calibration"]["chosen"]]

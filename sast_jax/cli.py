@@ -2,11 +2,13 @@
 
 # Nothing of jax at the top: a command imports what it needs, and until then Ctrl-C ends the process at once.
 import argparse
+import contextlib
 import functools
 import json
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.compilation import keep_compiled
 from sast_jax.errors import Interrupted, UserError, refuse, show_warning
-from sast_jax.text import align
+from sast_jax.text import Output, align
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -29,26 +31,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import sast_jax.public  # noqa: F401
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             if signal.getsignal(number) is _leave:  # From here on there may be something to clean up, or to save.
-                signal.signal(number, signal.default_int_handler)
+                signal.signal(number, _interrupt)
         _COMMANDS[args.command](args, overrides)
     except (UserError, OSError) as error:  # The system's own errors name the file: no space, no permission, no such place.
         print(f"sast-jax: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except (MemoryError, RuntimeError) as error:  # jax raises a RuntimeError that starts with this word.
-        if isinstance(error, RuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        print(
-            f"sast-jax: error: out of memory ({str(error)[:200] or 'MemoryError'}); lower batch_size, dataset.num_time_steps or "
-            "network.features, or raise num_microbatches",
-            file=sys.stderr,
-        )
-        return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"sast-jax: interrupted: {str(error) or 'the same command goes on from the last checkpoint'}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if not (message := _explain(error)):
+            raise
+        print(f"sast-jax: error: {message}", file=sys.stderr)
+        return EXIT_USER_ERROR
     return 0
+
+
+def _explain(error):
+    """The message for an error that is not the program's own fault: memory, or a device that is not there; else nothing."""
+    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):  # As jax says it, in a RuntimeError.
+        return (
+            f"out of memory ({str(error)[:200] or 'MemoryError'}); lower batch_size, dataset.num_time_steps or network.features, "
+            "or raise num_microbatches"
+        )
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as reason:  # A RuntimeError with a reason, or an AssertionError without.
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        text = str(reason).partition("\n")[0][:200] or "jax was installed without it, or there is no such device"
+        return f"JAX_PLATFORMS: {platforms!r} cannot be used here ({text}); unset it, or set it to cpu"
+    return ""
 
 
 def _parse(argv):
@@ -142,13 +158,13 @@ def _train(args, overrides):
     from sast_jax import config as config_lib
     from sast_jax.devices import connect_hosts, is_first_host, split_cpu
     from sast_jax.training import train_variants
-    from sast_jax.training.run import RESULTS, read_json
+    from sast_jax.training.records import RESULTS, read_record
 
     if args.hosts is not None:
         connect_hosts(args.hosts)
     else:
         split_cpu()
-    is_finished = read_json(args.workdir / RESULTS) is not None  # Then its recordings may be gone.
+    is_finished = read_record(args.workdir / RESULTS) is not None  # Then its recordings may be gone.
     configs = config_lib.load_configs(args.config, overrides, with_data=not is_finished)
     results = train_variants(configs, args.workdir)
     if is_first_host():
@@ -170,7 +186,8 @@ def _sweep(args, overrides):
 
 def _evaluate(args, overrides):
     from sast_jax.devices import split_cpu
-    from sast_jax.evaluation.suites import EVALUATION, evaluate_run, parse_suites, summarize
+    from sast_jax.evaluation.suites import evaluate_run, parse_suites, summarize
+    from sast_jax.training.records import EVALUATION
     from sast_jax.training.run import run_members
 
     suites = parse_suites(args.suite)
@@ -193,6 +210,7 @@ def _evaluate(args, overrides):
 def _theory(args, overrides):
     from sast_jax.evaluation.theory import format_statements
     from sast_jax.files import write_json
+    from sast_jax.training.records import THEORY
     from sast_jax.training.run import load_run_and_data, run_members
     from sast_jax.training.theory import evaluate_run_theory
 
@@ -200,9 +218,9 @@ def _theory(args, overrides):
         workdir = args.workdir / name
         run, _, splits = load_run_and_data(workdir, overrides)
         results = evaluate_run_theory(run, splits)
-        write_json(workdir / "theory.json", results)
+        write_json(workdir / THEORY, results)
         print(f"{workdir.resolve().name}, {results['num_recordings']} {results['recordings']} recordings")
-        print(format_statements(results["statements"]) + f"\n\nResults: {workdir / 'theory.json'}")
+        print(format_statements(results["statements"]) + f"\n\nResults: {workdir / THEORY}")
 
 
 def _data(args, overrides):
@@ -293,21 +311,47 @@ def format_table(runs: dict[str, dict[str, Any]]) -> str:
 
 def entry_point() -> None:
     """Entry point of the installed command."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, _leave)
+    sys.unraisablehook = _interrupt_again
+    for descriptor in range(3):  # A closed stream's number would go to the next file that is opened.
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
+    warnings.showwarning = show_warning
     keep_freed_memory()
     keep_compiled()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # A folder's name may not be text.
-    warnings.showwarning = show_warning
     status = main()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # All is on disk; what is left is leaving.
+    sys.stdout.flush()
     if status == EXIT_INTERRUPTED:  # A library that was interrupted may crash while the interpreter ends in order.
-        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 def _leave(number, frame):
-    os.write(2, b"sast-jax: interrupted\n")
+    with contextlib.suppress(OSError):
+        os.write(2, b"sast-jax: interrupted\n")
     os._exit(EXIT_INTERRUPTED)
+
+
+def _interrupt(number, frame):
+    """Ends the command in order; a second signal ends the process at once, as every file is whole or absent at any time."""
+    for each in _SIGNALS:
+        signal.signal(each, _leave)
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable):
+    """Python drops an interrupt that falls into a callback, as of jax's in a garbage collection: it is raised once more."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, _interrupt)
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)

@@ -1,8 +1,12 @@
 """Where jax keeps compiled programs."""
 
 import os
+import time
 import warnings
+import zlib
+from pathlib import Path
 
+from sast_jax.errors import warn
 from sast_jax.files import cache_dir
 
 _SETTINGS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -14,7 +18,8 @@ def keep_compiled() -> bool:
     """Lets jax keep what it compiles in `compiled/` of the cache folder, and load it from there; before jax is imported.
 
     Programs are kept by their code, jax's version and the device, so a changed one is compiled anew. The folder may be removed
-    at any time, and several processes may use it at once. jax compiles what it cannot read or write there, without a word.
+    at any time, and several processes may use it at once. jax compiles what it cannot read or write there, without a word. It
+    never replaces an entry, so one that a killed process cut off is removed here, and a warning says so.
 
     Returns:
         Whether it does; not if the environment already says something about jax's cache (`JAX_ENABLE_COMPILATION_CACHE=false`
@@ -29,6 +34,43 @@ def keep_compiled() -> bool:
         return False
     if not os.access(folder, os.W_OK):
         return False
+    if num_removed := remove_cut_off(folder):
+        warn(f"{num_removed} compiled programs in {str(folder)!r} were cut off when a process was killed; they are compiled anew")
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder.absolute()), **_SETTINGS}
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
     return True
+
+
+_CHECKED = ".checked"  # Its time of change: entries up to then have been looked at.
+_SETTLED_SECONDS = 10.0  # A younger entry may be being written.
+
+
+def remove_cut_off(folder: Path, now: float | None = None) -> int:
+    """Removes the entries that end before their data do, and returns their number. Each entry is looked at once.
+
+    Args:
+        folder: Where jax keeps its entries, compressed by zlib. Those compressed otherwise stay.
+        now: Time of the clock, `time.time()` if not given.
+    """
+    until = (time.time() if now is None else now) - _SETTLED_SECONDS
+    marker, num_removed = folder / _CHECKED, 0
+    try:
+        since = marker.stat().st_mtime if marker.exists() else 0.0
+        for entry in os.scandir(folder):
+            if not entry.name.endswith("-cache") or not entry.is_file() or not since < entry.stat().st_mtime <= until:
+                continue
+            content = Path(entry.path).read_bytes()
+            decompressor = zlib.decompressobj()
+            try:
+                decompressor.decompress(content)
+                is_whole = decompressor.eof
+            except zlib.error:
+                is_whole = content[:1] != b"x"  # What every entry of zlib begins with.
+            if not is_whole:
+                os.unlink(entry.path)
+                num_removed += 1
+        marker.touch()
+        os.utime(marker, (until, until))
+    except OSError:
+        pass  # Another process removed one, or the folder cannot be read: jax compiles what it lacks.
+    return num_removed

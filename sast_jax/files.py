@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import socket
 import tempfile
@@ -63,10 +64,30 @@ def read_json(path: Path) -> Any:
         raise OSError("it is no file")
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"it has {size} bytes; {MAX_JSON_BYTES} are allowed")
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes) -> Any:
+    """Returns the value of a JSON text in UTF-8, in which all numbers are finite.
+
+    Raises:
+        ValueError: If it is no such text.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text.decode(), parse_constant=_refuse_number, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _refuse_number(word):
+    raise ValueError(f"it holds {word}, which is no JSON")
+
+
+def _finite(word):
+    value = float(word)
+    if math.isinf(value):
+        raise ValueError(f"it holds {word[:30]}, which is too large a number")
+    return value
 
 
 @contextlib.contextmanager

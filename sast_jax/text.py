@@ -1,6 +1,8 @@
-"""Tables as the terminal shows them."""
+"""What is printed: tables, and streams that may lose their reader."""
 
+import os
 from collections.abc import Sequence
+from typing import Any, TextIO
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -8,3 +10,40 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     template = "  ".join(f"{{:{'>' if column else '<'}{width}}}" for column, width in enumerate(widths))
     return "\n".join(template.format(*row).rstrip() for row in rows)
+
+
+class Output:
+    """A text stream that nothing can fail on: once it cannot be written (closed pipe, full disk), what is written is dropped.
+
+    A command prints its progress and its results, and both are on disk as well. So a lost reader is no reason to stop training.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        """Takes the place of a stream, or of one that was closed before Python began, which is `None`."""
+        self._stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115
+        self._stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]  # A folder's name may not be text.
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything but writing is the stream's own."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text, or drops it."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what was written, or drops it."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self):
+        # The file is replaced below the stream, so that what is still in its buffer goes nowhere, too, when Python ends.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)

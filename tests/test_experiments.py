@@ -27,11 +27,12 @@ from sast_jax.experiments.comparison import recommend
 from sast_jax.experiments.page import find, render, write_page
 from sast_jax.experiments.plan import load_plan
 from sast_jax.experiments.statistics import paired_test
-from sast_jax.experiments.sweep import STUDY, run_study
+from sast_jax.experiments.sweep import run_study
 from sast_jax.files import write_json
 from sast_jax.training import train_and_evaluate
 from sast_jax.training.processes import Workers, share_cores
-from sast_jax.training.run import check_workdir, read_json, register
+from sast_jax.training.records import STUDY, read_record
+from sast_jax.training.run import check_workdir, register
 from tests.conftest import write_small_nmnist
 
 STUDY_FILE = """
@@ -99,7 +100,7 @@ class Trainer:
 
     def train(self, config, workdir, title):
         check_workdir(workdir, config)
-        if (found := read_json(workdir / "results.json")) is not None:
+        if (found := read_record(workdir / "results.json")) is not None:
             return found
         if len(self.trained) == self.stop_at:
             raise Interrupted("stopped")

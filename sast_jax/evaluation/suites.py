@@ -19,9 +19,8 @@ from sast_jax.evaluation.transfer import analyze_transfer, make_eval_step
 from sast_jax.files import write_json
 from sast_jax.networks import Calibration
 from sast_jax.training.build import load_data
-from sast_jax.training.run import Run, load_run_and_data, read_json
-
-EVALUATION = "evaluation.json"
+from sast_jax.training.records import EVALUATION, read_record
+from sast_jax.training.run import Run, load_run_and_data
 
 _MAX_COUNT = 255  # Frames are uint8.
 
@@ -113,15 +112,21 @@ def load_calibration(run: Run, method: str) -> Calibration:
     Raises:
         UserError: If the suite has not been evaluated, or has no such method.
     """
-    written = read_json(run.workdir / EVALUATION)
-    if not isinstance(written, dict) or written.get("step") != run.step or "calibration" not in written:
+    written = read_record(run.workdir / EVALUATION)
+    if written is None or written.get("step") != run.step or "calibration" not in written:
         command = f"sast-jax evaluate --suite=calibration --workdir={run.workdir}"
         raise UserError(f"--calibration: the run has none at its step {run.step}; first {command}")
     methods, chosen = written["calibration"]["methods"], written["calibration"]["chosen"]
     if method not in (*methods, "chosen"):
         raise UserError(f"--calibration: must be one of {', '.join(methods)}, chosen; got {method!r}")
     found = methods[chosen if method == "chosen" else method]
-    return Calibration(*(tuple(np.array(each) for each in found[key].values()) for key in ("thresholds", "gains")))
+    names = run.network.layer_names[: run.network.num_spiking]
+    if any(tuple(found.get(key, ())) != names for key in ("thresholds", "gains")):
+        raise UserError(
+            f"{run.workdir / EVALUATION}: thresholds and gains of {method!r} must be of the layers {', '.join(names)}; "
+            "remove it and evaluate again"
+        )
+    return Calibration(*(tuple(np.array(found[key][name]) for name in names) for key in ("thresholds", "gains")))
 
 
 def evaluate_run(
@@ -143,8 +148,8 @@ def evaluate_run(
     """
     run, config, splits = load_run_and_data(workdir, overrides)
     path = workdir / EVALUATION
-    written = read_json(path)
-    if not isinstance(written, dict) or written.get("step") != run.step:
+    written = read_record(path)
+    if written is None or written.get("step") != run.step:
         written = {"step": run.step}  # Nothing yet, or of other weights.
     start = time.monotonic()
     results = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from sast_jax import config as config_lib
-from sast_jax.errors import Diverged, UserError, refuse
+from sast_jax.errors import Diverged, UserError, refuse, warn
 from sast_jax.evaluation.calibration import evaluate_calibration
 from sast_jax.experiments.board import Board
 from sast_jax.experiments.comparison import compare
@@ -20,12 +21,13 @@ from sast_jax.experiments.plan import load_plan
 from sast_jax.experiments.study import BASELINE
 from sast_jax.files import only_process, write_json
 from sast_jax.training import train_many
-from sast_jax.training.build import costs_a_gradient, load_data
+from sast_jax.training.build import load_data, num_gradients
 from sast_jax.training.processes import Workers, share_cores
-from sast_jax.training.run import MAY_MOVE, RESULTS, RUN, RUNS, load_run_and_data, read_json
+from sast_jax.training.records import CALIBRATION, DIVERGED, RESULTS, RUN, RUNS, STUDY, read_record
+from sast_jax.training.run import MAY_MOVE, load_run_and_data
 from sast_jax.training.together import default_together
 
-STUDY, CALIBRATION, DIVERGED = "study.json", "calibration.json", "diverged.json"
+_STEPS_OF_AN_EPOCH = 100  # Costs are compared before the data, and with them the number of steps, are known.
 
 Train = Callable[..., list[Any]]
 
@@ -61,6 +63,8 @@ def run_study(
         UserError: If the study is wrong, the folder belongs to another one, or a tested run fails.
         Interrupted: On SIGINT or SIGTERM; the same call goes on.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        warn('figures need matplotlib, so the results page will fail: pip install "sast_jax[plots]" now or before the end')
     plan = load_plan(path, overrides)
     _refuse_other(workdir)
     if processes > 1:
@@ -117,7 +121,7 @@ def _register(workdir, plan):
     """Writes what the study is, or checks it against what is written; methods and seeds may be added."""
     common = {"selection_seeds": list(plan.study.selection_seeds), "folds": plan.study.folds}
     new = {**common, "methods": _describe(plan)}
-    old = read_json(workdir / STUDY)
+    old = read_record(workdir / STUDY)
     if old is not None:
         # Fields that a later version brought.
         defaults = {
@@ -125,11 +129,8 @@ def _register(workdir, plan):
             for key, field in config_lib.SCHEMA.items()
             if field.default is not None and key not in MAY_MOVE
         }
-        try:
-            before = {name: defaults | config_lib.flatten(method) for name, method in old["methods"].items()}
-            old_common = {"selection_seeds": old["selection_seeds"], "folds": old.get("folds", 0)}
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{workdir / STUDY}: is damaged or not of sast-jax; choose another --workdir") from error
+        before = {name: defaults | config_lib.flatten(method) for name, method in old["methods"].items()}
+        old_common = {"selection_seeds": old["selection_seeds"], "folds": old.get("folds", 0)}
         differing = [
             f"{key}: the study there has {old_common[key]}, this one {common[key]}"
             for key in common
@@ -172,7 +173,7 @@ class _Sweep:
 
     @staticmethod
     def _cost(config):
-        return config.num_epochs * (1 + costs_a_gradient(config))
+        return num_gradients(config, config.num_epochs * _STEPS_OF_AN_EPOCH)
 
     def _run(self, batches, finish=lambda name, runs: None):
         """Results by folder of runs given by method and folder, `None` for one that diverged, which is not trained again.
@@ -272,7 +273,7 @@ class _Sweep:
 
     def _calibrate(self, folder, parent):
         """Results of a run whose hard network is calibrated on its validation part, in the way of the lowest loss there."""
-        found = read_json(folder / CALIBRATION)
+        found = read_record(folder / CALIBRATION)
         if found is None:
             fields = config_lib.flatten(self._plan.configs[BASELINE])
             run, _, splits = load_run_and_data(folder, [f"{key}={fields[key]}" for key in MAY_MOVE])

@@ -10,11 +10,9 @@ from sast_jax.data import take_batch
 from sast_jax.errors import UserError
 from sast_jax.evaluation.outputs import predict_logits, trace
 from sast_jax.evaluation.robustness import MODES
-from sast_jax.evaluation.suites import EVALUATION
-from sast_jax.training.run import RESULTS, RUN, load_run, load_run_and_data, read_json, run_members
+from sast_jax.training.records import EVALUATION, RESULTS, RUN, THEORY, read_record
+from sast_jax.training.run import load_run, load_run_and_data, read_config, read_run, run_members
 from sast_jax.training.session import read_metrics
-
-THEORY = "theory.json"
 
 _NUM_SEARCHED = 200  # Test recordings among which one is sought that the modes decide differently.
 _NUM_NEURONS = 32  # In a raster.
@@ -105,7 +103,7 @@ def gather(workdir: Path, overrides: Sequence[str] = ()) -> Report:
         UserError: If there is no run, or one of its files is damaged.
     """
     folders = {name or workdir.resolve().name: workdir / name for name in run_members(workdir) or [""]}
-    folders = {name: folder for name, folder in folders.items() if read_json(folder / RUN) is not None}
+    folders = {name: folder for name, folder in folders.items() if read_run(folder) is not None}
     if not folders:
         raise UserError(f"--workdir: {str(workdir)!r} is no run; expected a folder that `sast-jax train` wrote, with {RUN}")
     runs = {name: _read(folder) for name, folder in folders.items()}
@@ -117,12 +115,10 @@ def gather(workdir: Path, overrides: Sequence[str] = ()) -> Report:
 
 
 def _read(folder):
-    run = read_json(folder / RUN)
-    evaluation, theory = (read_json(folder / name) for name in (EVALUATION, THEORY))
-    for name, value in ((EVALUATION, evaluation), (THEORY, theory)):
-        if not isinstance(value, dict | None):
-            raise UserError(f"{folder / name}: is not what sast-jax writes; remove it, or evaluate again")
-    results, metrics = read_json(folder / RESULTS), read_metrics(folder)
+    run = read_run(folder)
+    read_config(folder, run)  # Refuses what is no config.
+    evaluation, theory = (read_record(folder / name) for name in (EVALUATION, THEORY))
+    results, metrics = read_record(folder / RESULTS), read_metrics(folder)
     if results is not None and metrics:  # Of a finished run only what was measured at its last weights.
         evaluation, theory = (each if each and each.get("step") == metrics[-1]["step"] else None for each in (evaluation, theory))
     return RunFiles(run["config"], run["data"], run["environment"], results, metrics, evaluation or {}, theory)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.resources
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,18 +76,18 @@ def render(report: Report) -> str:
 def _checked(section, parts, report):
     try:
         return section.show(parts)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         names = ", ".join(part.name for part in parts)
         raise UserError(
             f"report: the files of {names} in {str(report.workdir)!r} do not hold what the section {section.title!r} shows "
-            f"({type(error).__name__}: {error}); write them again: {section.remedy(report)}"
+            f"({type(error).__name__}: {error}); write them again: {re.sub('<[^>]*>', '', section.remedy(report))}"
         ) from error
 
 
 def _summary(report):
     run = next(iter(report.runs.values()))
     dataset, network = run.config["dataset"], run.config["network"]
-    parts = ", ".join(f"{run.data[f'num_{part}']} {part}" for part in ("train", "validation", "test"))
+    parts = ", ".join(f"{run.data.get(f'num_{part}', '?')} {part}" for part in ("train", "validation", "test"))
     features = "-".join(map(str, network["features"]))
     return element(
         "p",

@@ -16,9 +16,9 @@ from sast_jax.report.parts import ACCURACIES, Part, captioned, panels, percent_o
 
 def find_accuracies(run: RunFiles) -> dict[str, Any] | None:
     """The accuracies of a run in both modes, from wherever they are."""
-    return run.results or (
-        {"num_test": run.data["num_test"]} | run.evaluation["transfer"] if "transfer" in run.evaluation else None
-    )
+    if run.results and "hard_accuracy" in run.results:  # A run that only chose between settings has none.
+        return run.results
+    return {"num_test": run.data["num_test"]} | run.evaluation["transfer"] if "transfer" in run.evaluation else None
 
 
 def show_gap(parts: list[Part]) -> list[Markup]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -139,6 +140,17 @@ def has_radius(config: ml_collections.ConfigDict) -> bool:
 def costs_a_gradient(config: ml_collections.ConfigDict) -> bool:
     """Returns whether a perturbed step takes a gradient of its own for the direction, as SAM does."""
     return has_radius(config) and config.sam.perturbation in ("independent", "same")
+
+
+def num_gradients(config: ml_collections.ConfigDict, num_steps: int) -> float:
+    """Returns how many gradients of a descent batch a run of `num_steps` steps costs: one a step, and those that perturb.
+
+    A perturbation batch of another size counts in proportion to it.
+    """
+    if not costs_a_gradient(config):
+        return num_steps
+    perturbs = np.broadcast_to(sam_schedule(config, num_steps)(np.arange(num_steps)), num_steps)
+    return num_steps + float(perturbs.sum()) * (config.sam.perturbation_batch_size or config.batch_size) / config.batch_size
 
 
 def make_perturbation(config: ml_collections.ConfigDict, num_steps: int) -> Callable[[TrainState], Any] | None:

@@ -23,7 +23,8 @@ from sast_jax.training.build import build_train_step
 from sast_jax.training.checkpoints import latest_step
 from sast_jax.training.interruption import StopRequest
 from sast_jax.training.progress import Progress
-from sast_jax.training.run import RESULTS, RUN, RUNS, check_workdir, read_json, run_members
+from sast_jax.training.records import RESULTS, RUN, RUNS, read_record
+from sast_jax.training.run import check_workdir, run_members
 from sast_jax.training.session import Result, Session, Task, cores_share_batches
 from sast_jax.training.together import (
     build_train_step_together,
@@ -144,7 +145,7 @@ def _find_results(config, workdir):
     """Results of a finished run; `None` if it may be trained, and then all that can be checked beforehand is."""
     refuse(config_lib.find_problems(config, with_data=False))
     check_workdir(workdir, config)
-    results = read_json(workdir / RESULTS)
+    results = read_record(workdir / RESULTS)
     if results is None:
         refuse(config_lib.find_problems(config))
     return results

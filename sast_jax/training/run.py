@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ import ml_collections
 import numpy as np
 
 from sast_jax import config as config_lib
-from sast_jax import files
 from sast_jax.data import Splits, sensor_size
 from sast_jax.errors import UserError, refuse
 from sast_jax.files import write_json
@@ -22,10 +20,8 @@ from sast_jax.networks import Calibration, SpikingNetwork
 from sast_jax.spikes import Mode
 from sast_jax.training.build import load_data, make_network, make_optimizer, make_projection
 from sast_jax.training.checkpoints import restore
+from sast_jax.training.records import RESULTS, RUN, RUNS, read_record
 from sast_jax.training.state import init_state
-
-RUN, RESULTS, METRICS = "run.json", "results.json", "metrics.jsonl"
-RUNS = "runs.json"  # In a folder of several runs: their names, in the order in which they are trained.
 
 MAY_MOVE = ("dataset.root", "dataset.download", "dataset.images")
 """Where recordings and images lie; what they are is compared by checksum."""
@@ -46,46 +42,20 @@ def _versions():
 FORMAT = 1
 """Version of what a run folder holds. Raise it when a config field, a file or a weight means something else than before."""
 
-_PROMISED: dict[str, dict[str, type | UnionType]] = {
-    RUN: {"config": dict, "data": dict, "environment": dict},
-    RESULTS: dict.fromkeys(("surrogate_accuracy", "hard_accuracy", "transfer_gap", "num_test"), int | float),
-}
-_UNTESTED: dict[str, type | UnionType] = {"num_test": int, "validation": dict}
-"""What `results.json` holds if the test part was left out."""
 
-
-def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file of a run, or `None` if it is not there.
+def read_run(workdir: Path) -> dict[str, Any] | None:
+    """Returns what `run.json` holds, or `None` if there is none.
 
     Raises:
-        UserError: If it is there but damaged, or not what `sast-jax train` writes under that name.
+        UserError: If it is damaged, or of a version whose runs mean something else.
     """
-    try:
-        value = files.read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore it, or choose another --workdir") from error
-    promised = _PROMISED.get(path.name, {})
-    if path.name == RESULTS and isinstance(value, dict) and value.get("num_test") == 0:
-        promised = _UNTESTED
-    is_whole = isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in promised.items())
-    if promised and not is_whole:
-        raise UserError(f"{path}: is damaged or not of sast-jax: it must hold {', '.join(promised)}; choose another --workdir")
-    if path.name == RUN:
-        _check_run(path, value)
-    return value
-
-
-def _check_run(path, run):
-    data, version = run["data"], run.get("format", 1)  # The first runs did not say.
-    if version != FORMAT:
+    run = read_record(workdir / RUN)
+    if run is not None and (version := run.get("format", 1)) != FORMAT:  # The first runs did not say.
         raise UserError(
-            f"{path}: is of sast_jax {run['environment'].get('sast_jax')}, which wrote runs of format {version!r}; this version "
-            f"reads format {FORMAT}. Use that version of sast_jax, or train again in another --workdir"
+            f"{workdir / RUN}: is of sast_jax {run['environment'].get('sast_jax')}, which wrote runs of format {version!r}; this "
+            f"version reads format {FORMAT}. Use that version of sast_jax, or train again in another --workdir"
         )
-    if not isinstance(data.get("checksum"), str) or not config_lib.is_size(data.get("num_classes")):
-        raise UserError(f"{path}: is damaged: data must hold checksum and num_classes; choose another --workdir")
+    return run
 
 
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -99,7 +69,7 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     members = run_members(workdir)
     if members:
         raise UserError(f"--workdir: {str(workdir)!r} holds the runs {', '.join(members)}; give one of them or a new folder")
-    run = read_json(workdir / RUN)
+    run = read_run(workdir)
     if run is None and (workdir / RESULTS).exists():
         raise UserError(f"--workdir: {str(workdir)!r} has {RESULTS} but no {RUN}; choose another folder")
     if run is not None:
@@ -123,7 +93,7 @@ def register(workdir: Path, config: ml_collections.ConfigDict, description: dict
     Raises:
         UserError: If the data are not those the run began with, or the folder cannot be written.
     """
-    run = read_json(workdir / RUN)
+    run = read_run(workdir)
     if run is None:
         try:
             write_json(
@@ -159,10 +129,7 @@ def read_config(workdir: Path, run: dict[str, Any]) -> ml_collections.ConfigDict
 
 def run_members(workdir: Path) -> list[str]:
     """Returns the names of the runs in a folder of several, in the order in which they are trained; none for a single run."""
-    names = read_json(workdir / RUNS)
-    if names is not None and not (isinstance(names, list) and all(map(config_lib.is_name, names))):
-        raise UserError(f"{workdir / RUNS}: must be a list of names of folders in it; choose another --workdir")
-    return names or []
+    return read_record(workdir / RUNS) or []
 
 
 class Run(NamedTuple):
@@ -222,7 +189,7 @@ def load_warm_start(workdir: str, params: Any, description: dict[str, Any]) -> t
     if not workdir:
         return None, cost
     run = load_run(workdir)
-    there = read_json(run.workdir / RUN)["data"]
+    there = read_record(run.workdir / RUN)["data"]
     heading = f"warm_start: the run {str(run.workdir)!r}"
     if run.results is None:
         raise UserError(f"{heading} has not finished; finish it with its own `sast-jax train` command")
@@ -259,7 +226,7 @@ def load_run(workdir: str | Path) -> Run:
     workdir = Path(workdir)
     members = run_members(workdir)
     workdir = workdir / members[-1] if members else workdir
-    run = read_json(workdir / RUN)
+    run = read_run(workdir)
     if run is None:
         raise UserError(f"--workdir: {str(workdir)!r} is no run; expected a folder that `sast-jax train` wrote, with {RUN}")
     config = read_config(workdir, run)
@@ -273,7 +240,7 @@ def load_run(workdir: str | Path) -> Run:
         raise UserError(f"--workdir: {str(workdir)!r} has no checkpoint yet; run `sast-jax train` with its config first")
     state, _ = restored
     params = jax.tree.map(jnp.asarray, jax.device_get(state.params))  # What is restored is bound to a device.
-    return Run(network, params, config, read_json(workdir / RESULTS), int(state.step), workdir)
+    return Run(network, params, config, read_record(workdir / RESULTS), int(state.step), workdir)
 
 
 def load_run_and_data(workdir: str | Path, overrides: Sequence[str] = ()) -> tuple[Run, ml_collections.ConfigDict, Splits]:

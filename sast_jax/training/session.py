@@ -20,18 +20,20 @@ from sast_jax.devices import is_first_host, memory_bytes, num_cpu_devices, num_s
 from sast_jax.errors import Diverged, UserError, warn
 from sast_jax.evaluation.outputs import BATCH_SIZE
 from sast_jax.evaluation.transfer import EvalStep, evaluate_transfer
-from sast_jax.files import atomic_write, write_json
+from sast_jax.files import atomic_write, parse_json, write_json
 from sast_jax.training.build import (
     costs_a_gradient,
     load_data,
     make_network,
     make_optimizer,
     make_projection,
+    num_gradients,
     sam_schedule,
 )
 from sast_jax.training.checkpoints import Checkpoints, restore
 from sast_jax.training.health import find_symptoms
-from sast_jax.training.run import METRICS, RESULTS, environment, load_warm_start, register
+from sast_jax.training.records import METRICS, METRICS_LINE, RESULTS
+from sast_jax.training.run import environment, load_warm_start, register
 from sast_jax.training.state import TrainState, make_init
 
 Result = dict[str, Any] | Diverged
@@ -226,14 +228,12 @@ class Session:
         if self.diverged is not None:
             return self.diverged
         epoch_seconds = [line["seconds"] for line in read_metrics(self.workdir) if line["num_steps"] == task.steps_per_epoch]
-        num_perturbations = sum(map(bool, map(task.perturbs, range(task.num_steps)))) if costs_a_gradient(config) else 0
-        num_gradients = task.num_steps + num_perturbations * task.perturbation_batch_size / config.batch_size
         results = {
             **transfer,
             **{key: task.data[key] for key in ("num_train", "num_validation")},
             "num_test": task.data["num_test"] if config.test else 0,
             "validation": validation,
-            "num_gradient_evaluations": num_gradients,
+            "num_gradient_evaluations": num_gradients(config, task.num_steps),
             "wall_time_seconds": self._seconds_before + seconds(),
             "warm_start_cost": task.warm_start_cost,
             "median_epoch_seconds": float(np.median(epoch_seconds)) if epoch_seconds else None,
@@ -247,23 +247,23 @@ class Session:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`; a last line that a crash cut off is left out.
+    """Returns the lines of a run's `metrics.jsonl`; a last line without an end, which a crash cut off, is left out.
 
     Raises:
         UserError: If another line is damaged.
     """
     path = Path(workdir) / METRICS
-    texts = path.read_bytes().splitlines() if path.is_file() else []
+    texts = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     lines = []
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-            if type(line["step"]) is not int:
-                raise ValueError("step is no integer")
-            lines.append(line)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if number < len(texts):
-                raise UserError(f"{path}: line {number} is damaged ({error}); remove that line") from error
+            line = parse_json(text)
+            wrong = METRICS_LINE(line)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
+            raise UserError(f"{path}: line {number} is damaged ({wrong}); remove that line")
+        lines.append(line)
     return lines
 
 
