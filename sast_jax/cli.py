@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sast_jax import __version__
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.compilation import keep_compiled
 from sast_jax.errors import Interrupted, UserError, refuse, show_warning
@@ -73,9 +74,10 @@ def _parse(argv):
         description="Trains spiking networks through smooth spikes and reports what the swap to hard spikes costs.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"sast-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train the run or runs of a config, or go on with them", allow_abbrev=False)
-    train.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, as configs/digits.py:sast")
+    train.add_argument("--config", required=True, metavar="NAME[:VARIANT]", help="shipped config or file, as digits:sast or mine.py")
     train.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the run, made if missing")
     train.add_argument(
         "--hosts",
@@ -99,7 +101,7 @@ def _parse(argv):
     data.add_argument(
         "action", choices=("prepare", "info", "view"), help="fill the cache; print counts and rates; draw a recording"
     )
-    data.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, as configs/nmnist.py")
+    data.add_argument("--config", required=True, metavar="NAME[:VARIANT]", help="shipped config or file, as nmnist or mine.py")
     data.add_argument("--workdir", metavar="DIR", type=Path, help="where data.json (info) or the picture (view, else here) goes")
     data.add_argument("--recording", metavar="ID", default="", help="view: which one, as Train/3/00042; else the first")
     data.add_argument("--format", choices=("png", "gif"), default="png", help="view: strip of frames, or animation")
@@ -109,7 +111,7 @@ def _parse(argv):
     )
     export.add_argument("--output", required=True, metavar="FILE", type=Path, help="file to write, as net.nir")
     sweep = commands.add_parser("sweep", help="train, select and compare the methods of a study, or go on", allow_abbrev=False)
-    sweep.add_argument("--config", required=True, metavar="FILE", type=Path, help="study, as configs/study_digits.py")
+    sweep.add_argument("--config", required=True, metavar="NAME", type=Path, help="shipped study or file, as study_digits or mine.py")
     sweep.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the study, made if missing")
     sweep.add_argument(
         "--together",

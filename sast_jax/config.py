@@ -177,7 +177,7 @@ def load_configs(spec: str, overrides: Sequence[str] = (), *, with_data: bool = 
         UserError: Listing every problem.
     """
     path, _, variant = spec.rpartition(":") if not Path(spec).exists() and ":" in spec else (spec, "", "")
-    get_config = _load_get_config(Path(path))
+    get_config = _load_get_config(find_config_file(path))
     base, variants = _call(get_config, variant, path)
     configs, problems, unused = {}, [], set(SCHEMA)
     for name in variants:
@@ -204,6 +204,19 @@ def _load_get_config(path: Path) -> Callable[..., ml_collections.ConfigDict]:
     return load_function(path, "get_config", "variant=''")
 
 
+def shipped_configs() -> dict[str, Path]:
+    """Returns the config files that come with the package by name: from the wheel, or beside the package in a clone."""
+    package = Path(__file__).parent
+    folder = next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def find_config_file(name: str | Path) -> Path:
+    """Returns the file that a `--config` names: a path, or the name of a config that comes with the package."""
+    path = Path(name)
+    return path if path.exists() else shipped_configs().get(str(name), path)
+
+
 def load_function(path: Path, name: str, arguments: str = "") -> Callable[..., Any]:
     """Returns a function of a config file, which runs as code.
 
@@ -211,7 +224,10 @@ def load_function(path: Path, name: str, arguments: str = "") -> Callable[..., A
         UserError: If there is no such file or function, or the file cannot be run.
     """
     if not path.is_file():
-        raise UserError(f"--config: there is no file {str(path)!r}; give --config=FILE.py or --config=FILE.py:variant")
+        raise UserError(
+            f"--config: there is no file {str(path)!r}; give --config=FILE.py, --config=FILE.py:variant, or a shipped one by name: "
+            f"{', '.join(shipped_configs())}"
+        )
     if path.suffix != ".py":
         raise UserError(f"--config: {str(path)!r} must end in .py and define {name}({arguments}), or in .json")
     try:  # Not imported: a file edited within a second, at the same length, would be taken from Python's cache.

@@ -45,6 +45,15 @@ def test_shipped_config_has_every_field(path, small_nmnist, small_gestures):
     assert path.stem == "digits" or "configs/digits.py, which explains the fields" in text
 
 
+def test_shipped_config_is_found_by_name_from_any_folder(monkeypatch, tmp_path):
+    by_path = load_configs("configs/digits.py:sast")[""]
+    monkeypatch.chdir(tmp_path)
+    assert load_configs("digits:sast")[""].to_dict() == by_path.to_dict()
+    assert "shipped one by name: best_gestures, best_nmnist, digits" in problems_of("digitz")
+    Path("digits").write_text("")  # A path of that name comes first.
+    assert "must end in .py" in problems_of("digits")
+
+
 def test_every_field_is_explained_in_the_config_of_digits():
     text = Path("configs/digits.py").read_text()
     for key in SCHEMA:

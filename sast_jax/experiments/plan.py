@@ -87,7 +87,7 @@ def _targets(configs, key):
 
 
 def _load_study(path):
-    get_study = config_lib.load_function(path, "get_study")
+    get_study = config_lib.load_function(config_lib.find_config_file(path), "get_study")
     try:
         study = get_study()
     except (Exception, SystemExit) as error:  # A config file is code of the user's and may raise anything.
