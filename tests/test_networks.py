@@ -306,7 +306,7 @@ def test_activity_is_the_mean_of_the_spikes(frames, settings):
 
 
 def test_frames_may_be_of_any_dtype(frames):
-    net = SpikingMLP(**MLP)
+    net = SpikingConvNet(**CONV)
     params = draw_params(net)
     outputs = [apply(net, params, frames.astype(dtype)) for dtype in (np.float32, np.uint8, bool)]
     np.testing.assert_array_equal(outputs[0].logits, outputs[1].logits)
