@@ -14,7 +14,8 @@ import sast_jax
 PACKAGE = Path("sast_jax")
 
 LAYERS = [
-    {"accumulation", "allocator", "errors", "text"},
+    {"accumulation", "allocator", "text"},
+    {"errors"},
     {"devices", "files"},
     {"compilation"},
     {"convolution", "spikes", "sam", "data.events"},
