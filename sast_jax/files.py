@@ -110,7 +110,7 @@ def _check_regular(path, status, max_bytes):
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file, but a pipe, socket or device", str(path))
     if status.st_size > max_bytes:
-        raise ValueError(f"it has {status.st_size:,} bytes; {max_bytes:,} are allowed")
+        raise ValueError(f"it has {status.st_size} bytes; {max_bytes} are allowed")
 
 
 def check_regular_tree(folder: Path, max_bytes: int, max_data_bytes: int, data: str) -> None:

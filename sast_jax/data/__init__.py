@@ -310,7 +310,7 @@ def _mnist(binning, seed, folder, image_range):
     ids = np.array([f"{part}/{i:05d}" for part, each in parts.items() for i in range(len(each.labels))])[shown]
 
     def read(indices):
-        return simulated.simulate_saccades(pixels / np.float32(255), seed=seed, recorder=simulated.NMNIST, indices=shown[indices])
+        return simulated.simulate_saccades(pixels, seed=seed, recorder=simulated.NMNIST, indices=shown[indices])
 
     return _simulated(
         read,

@@ -14,8 +14,8 @@ from sast_jax.text import printable
 
 _MAGIC = b"\0\0\x08"  # Unsigned bytes; the number of dimensions follows.
 
-MAX_IDX_BYTES = 2**30
-"""A million images of MNIST's size; what is packed into a small archive may be any number of bytes."""
+MAX_IDX_BYTES = 2**29
+"""More than QMNIST, the largest set of digits in this form, has; a small archive may hold any number of bytes."""
 
 _CHUNK = 2**22
 
