@@ -238,9 +238,6 @@ def sum_windows(images: jax.Array, size: int) -> jax.Array:
 
     Returns:
         `[B, H // k, W // k, C]`.
-
-    Raises:
-        ValueError: If an axis is shorter than a window, so that nothing of it would be left.
     """
     return _sum_windows(images, size)
 
@@ -252,8 +249,6 @@ def _sum_windows(images, size):
 
 def _windows(images, size):
     batch_size, height, width, channels = images.shape
-    if not 1 <= size <= min(height, width):
-        raise ValueError(f"pool_size: must be 1 or more and at most the {height} x {width} pixels that reach it; got {size}")
     rows, columns = height // size, width // size
     return images[:, : rows * size, : columns * size].reshape(batch_size, rows, size, columns, size, channels)
 

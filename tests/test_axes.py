@@ -49,7 +49,7 @@ def test_downsampling_that_loses_pixels_is_refused(downsample):
 def test_pool_that_leaves_nothing_of_an_axis_is_refused(height, width):
     network = SpikingConvNet(num_classes=3, features=(2, 2), kernel_size=1, pool_size=2)
     frames = jax.ShapeDtypeStruct((1, 1, height, width, 2), np.float32)
-    with pytest.raises(ValueError, match=r"pool_size: must be 1 or more and at most the \d+ x \d+ pixels that reach it; got 2"):
+    with pytest.raises(ValueError, match=r"pool_size: .* at most the \d+ x \d+ pixels that reach layer (conv_1|readout); got 2"):
         jax.eval_shape(lambda x: network.init(jax.random.key(0), x), frames)
 
 
