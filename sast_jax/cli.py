@@ -18,7 +18,7 @@ from sast_jax import __version__
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.compilation import keep_compiled
 from sast_jax.errors import Interrupted, UserError, refuse, show_warning
-from sast_jax.text import Output, align
+from sast_jax.text import Output, align, printable, printable_lines
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -37,15 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(number, _interrupt)
         _COMMANDS[args.command](args, overrides)
     except (UserError, OSError) as error:  # The system's own errors name the file: no space, no permission, no such place.
-        print(f"sast-jax: error: {error}", file=sys.stderr)
+        print(f"sast-jax: error: {printable_lines(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"sast-jax: interrupted: {str(error) or 'the same command goes on from the last checkpoint'}", file=sys.stderr)
+        reason = printable_lines(str(error)) or "the same command goes on from the last checkpoint"
+        print(f"sast-jax: interrupted: {reason}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if not (message := _explain(error)):
             raise
-        print(f"sast-jax: error: {message}", file=sys.stderr)
+        print(f"sast-jax: error: {printable_lines(message)}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 
@@ -77,7 +78,9 @@ def _parse(argv):
     parser.add_argument("--version", action="version", version=f"sast-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train the run or runs of a config, or go on with them", allow_abbrev=False)
-    train.add_argument("--config", required=True, metavar="NAME[:VARIANT]", help="shipped config or file, as digits:sast or mine.py")
+    train.add_argument(
+        "--config", required=True, metavar="NAME[:VARIANT]", help="a shipped config or a file: digits:sast, mine.py"
+    )
     train.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the run, made if missing")
     train.add_argument(
         "--hosts",
@@ -101,7 +104,7 @@ def _parse(argv):
     data.add_argument(
         "action", choices=("prepare", "info", "view"), help="fill the cache; print counts and rates; draw a recording"
     )
-    data.add_argument("--config", required=True, metavar="NAME[:VARIANT]", help="shipped config or file, as nmnist or mine.py")
+    data.add_argument("--config", required=True, metavar="NAME[:VARIANT]", help="a shipped config or a file: nmnist, mine.py")
     data.add_argument("--workdir", metavar="DIR", type=Path, help="where data.json (info) or the picture (view, else here) goes")
     data.add_argument("--recording", metavar="ID", default="", help="view: which one, as Train/3/00042; else the first")
     data.add_argument("--format", choices=("png", "gif"), default="png", help="view: strip of frames, or animation")
@@ -111,7 +114,9 @@ def _parse(argv):
     )
     export.add_argument("--output", required=True, metavar="FILE", type=Path, help="file to write, as net.nir")
     sweep = commands.add_parser("sweep", help="train, select and compare the methods of a study, or go on", allow_abbrev=False)
-    sweep.add_argument("--config", required=True, metavar="NAME", type=Path, help="shipped study or file, as study_digits or mine.py")
+    sweep.add_argument(
+        "--config", required=True, metavar="NAME", type=Path, help="a shipped study or a file: study_digits"
+    )
     sweep.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the study, made if missing")
     sweep.add_argument(
         "--together",
@@ -156,6 +161,10 @@ def _split_overrides(argv):
     return rest, overrides
 
 
+def _say(text):
+    print(printable_lines(str(text)))
+
+
 def _train(args, overrides):
     from sast_jax import config as config_lib
     from sast_jax.devices import connect_hosts, is_first_host, split_cpu
@@ -170,8 +179,8 @@ def _train(args, overrides):
     configs = config_lib.load_configs(args.config, overrides, with_data=not is_finished)
     results = train_variants(configs, args.workdir)
     if is_first_host():
-        print(format_table(results.get("runs", {args.workdir.resolve().name: results})))
-        print(f"\nResults: {args.workdir / RESULTS}")
+        _say(format_table(results.get("runs", {args.workdir.resolve().name: results})))
+        _say(f"\nResults: {args.workdir / RESULTS}")
 
 
 def _sweep(args, overrides):
@@ -182,8 +191,8 @@ def _sweep(args, overrides):
     split_cpu()
     results = run_study(args.config, overrides, args.workdir, together=args.together, processes=args.processes)
     write_page(results, args.workdir)
-    print("\n".join(find(results)))
-    print(f"\nResults: {args.workdir / PAGE}")
+    _say("\n".join(find(results)))
+    _say(f"\nResults: {args.workdir / PAGE}")
 
 
 def _evaluate(args, overrides):
@@ -198,15 +207,15 @@ def _evaluate(args, overrides):
     for name in run_members(args.workdir) or [""]:
         workdir = args.workdir / name
         title = name or workdir.resolve().name
-        report = functools.partial(print, f"{title}:", file=sys.stderr, flush=True)
+        report = functools.partial(print, f"{printable(title)}:", file=sys.stderr, flush=True)
         results[title] = evaluate_run(workdir, suites, overrides, report)
     if "transfer" in suites:
-        print(format_table({title: result["transfer"] for title, result in results.items()}))
+        _say(format_table({title: result["transfer"] for title, result in results.items()}))
     if suites != ["transfer"]:
         for title, result in results.items():
             for suite, part in result.items():
-                print(f"\n{title}\n{align(summarize(suite, part))}")
-        print(f"\nResults: {', '.join(str(args.workdir / name / EVALUATION) for name in run_members(args.workdir) or [''])}")
+                _say(f"\n{title}\n{align(summarize(suite, part))}")
+        _say(f"\nResults: {', '.join(str(args.workdir / name / EVALUATION) for name in run_members(args.workdir) or [''])}")
 
 
 def _theory(args, overrides):
@@ -221,8 +230,8 @@ def _theory(args, overrides):
         run, _, splits = load_run_and_data(workdir, overrides)
         results = evaluate_run_theory(run, splits)
         write_json(workdir / THEORY, results)
-        print(f"{workdir.resolve().name}, {results['num_recordings']} {results['recordings']} recordings")
-        print(format_statements(results["statements"]) + f"\n\nResults: {workdir / THEORY}")
+        _say(f"{workdir.resolve().name}, {results['num_recordings']} {results['recordings']} recordings")
+        _say(format_statements(results["statements"]) + f"\n\nResults: {workdir / THEORY}")
 
 
 def _data(args, overrides):
@@ -235,16 +244,16 @@ def _data(args, overrides):
     dataset = config.dataset.to_dict()
     if args.action == "prepare":
         splits = load_dataset(**dataset)
-        print("\n".join([f"{dataset['name']}: {json.dumps(splits.describe())}", *splits.notes, f"kept in {str(cache_dir())!r}"]))
+        _say("\n".join([f"{dataset['name']}: {json.dumps(splits.describe())}", *splits.notes, f"kept in {str(cache_dir())!r}"]))
     elif args.action == "info":
         summary = inspection.summarize(**dataset)
-        print(inspection.format_summary(summary))
+        _say(inspection.format_summary(summary))
         if args.workdir is not None:
             write_json(args.workdir / "data.json", summary)
     else:
         name = "-".join([dataset["name"], *filter(None, [args.recording.replace("/", "-")])])
         path = (args.workdir or Path()) / f"{name}.{args.format}"
-        print(f"{inspection.draw_recording(path, args.recording, **dataset)}\n{path}")
+        _say(f"{inspection.draw_recording(path, args.recording, **dataset)}\n{path}")
 
 
 def _export(args, overrides):
@@ -262,8 +271,8 @@ def _export(args, overrides):
     graph = make_nir_graph(run.network, run.params, size, calibration, **frames)
     write_nir_graph(args.output, graph)
     if "warning" in graph.metadata:
-        print(f"sast-jax: warning: {graph.metadata['warning']}", file=sys.stderr)
-    print(f"{args.output}: {' - '.join(graph.nodes)}; dt {graph.metadata['dt']:g}, logits: {graph.metadata['logits']}")
+        print(f"sast-jax: warning: {printable_lines(graph.metadata['warning'])}", file=sys.stderr)
+    _say(f"{args.output}: {' - '.join(graph.nodes)}; dt {graph.metadata['dt']:g}, logits: {graph.metadata['logits']}")
 
 
 def _report(args, overrides):
@@ -274,8 +283,8 @@ def _report(args, overrides):
     path = args.workdir / "report.html"
     page = render(gather(args.workdir, overrides))
     with atomic_write(path) as file:
-        file.write(page.encode())
-    print(path)
+        file.write(page.encode(errors="backslashreplace"))  # A path in the config may be no text.
+    _say(path)
 
 
 _COMMANDS = {

@@ -83,7 +83,7 @@ def is_size(value: Any) -> bool:
 
 def is_name(value: Any) -> bool:
     """Whether a value may name the folder of a run within another."""
-    return type(value) is str and value[:1] not in ("", ".") and not set(value) & set("/\\\0")
+    return type(value) is str and value[:1] not in ("", ".") and not set(value) & set("/\\") and value.isprintable()
 
 
 _FLAG = Field(bool, lambda v: True, "true or false")
@@ -225,8 +225,8 @@ def load_function(path: Path, name: str, arguments: str = "") -> Callable[..., A
     """
     if not path.is_file():
         raise UserError(
-            f"--config: there is no file {str(path)!r}; give --config=FILE.py, --config=FILE.py:variant, or a shipped one by name: "
-            f"{', '.join(shipped_configs())}"
+            f"--config: there is no file {str(path)!r}; give --config=FILE.py, --config=FILE.py:variant, or a "
+            f"shipped one by name: {', '.join(shipped_configs())}"
         )
     if path.suffix != ".py":
         raise UserError(f"--config: {str(path)!r} must end in .py and define {name}({arguments}), or in .json")
@@ -241,7 +241,7 @@ def load_function(path: Path, name: str, arguments: str = "") -> Callable[..., A
 
 
 def _load_json(path: Path, variant: str = "") -> ml_collections.ConfigDict:
-    """The config in a JSON file; of what `sast-jax train` writes (`run.json`, `results.json`) the run's."""
+    """The config in a JSON file, which downloads nothing; of what `sast-jax train` writes (`run.json`, ...) the run's."""
     if variant:
         raise ValueError("a JSON file has no variants")
     value = read_json(path)
@@ -249,7 +249,18 @@ def _load_json(path: Path, variant: str = "") -> ml_collections.ConfigDict:
         value = value["config"]
     if not isinstance(value, dict):
         raise TypeError(f"it must hold an object of sections and fields; got {type(value).__name__}")
-    return ml_collections.ConfigDict(value)
+    return forbid_download(ml_collections.ConfigDict(value))
+
+
+def forbid_download(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Sets `dataset.download` of a config from a JSON file to false, and returns it.
+
+    Such a file may be another person's: only `--config.dataset.download=true` of the command itself lets it write recordings
+    to the folder that the file names.
+    """
+    if "download" in config.get("dataset", {}):
+        set_field(config, "dataset.download", False)
+    return config
 
 
 def _call(get_config, variant: str, path: str) -> tuple[ml_collections.ConfigDict, tuple[str, ...]]:
@@ -417,7 +428,12 @@ def _find_conflicts(config, flat):
         problems.append(
             f"dataset.duration: recordings of {name} have one length, so it must be 0, all of it; got {config.dataset.duration}"
         )
-    num_pixels = min(data.sensor_size(name, downsample))
+    num_pixels = max(1, min(data.sensor_size(name)) // downsample)
+    if config.augmentation.max_shift >= num_pixels:
+        problems.append(
+            f"augmentation.max_shift: must be less than the {num_pixels} pixels of a frame, or a shift leaves nothing of it; got "
+            f"{config.augmentation.max_shift}"
+        )
     if config.network.kind == "conv" and num_pixels < config.network.pool_size ** len(config.network.features):
         problems.append(
             f"network.pool_size: {config.network.pool_size}, {len(config.network.features)} times over, leaves nothing of "

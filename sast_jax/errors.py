@@ -3,6 +3,8 @@
 import sys
 import warnings
 
+from sast_jax.text import printable_lines
+
 
 class UserError(ValueError):
     """A mistake in a config, a command, a data set or a run folder.
@@ -39,6 +41,5 @@ def warn(message: str) -> None:
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Takes the place of `warnings.showwarning`: one line for a `SuspicionWarning`, the usual ones for others."""
     is_own = issubclass(category, SuspicionWarning)
-    sys.stderr.write(
-        f"sast-jax: warning: {message}\n" if is_own else warnings.formatwarning(message, category, filename, lineno, line)
-    )
+    own = f"sast-jax: warning: {printable_lines(str(message))}\n"
+    sys.stderr.write(own if is_own else warnings.formatwarning(message, category, filename, lineno, line))

@@ -1,11 +1,13 @@
 """Files that are either whole or absent, and folders that one process has to itself."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import secrets
 import socket
-import tempfile
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -31,13 +33,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     once do not disturb each other, and the last one stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # Less the umask, as any file of the user's.
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -60,11 +62,7 @@ def read_json(path: Path) -> Any:
         ValueError: If it is no JSON, or larger than `MAX_JSON_BYTES`.
         OSError: If it cannot be read.
     """
-    if path.exists() and not path.is_file():  # Opening a pipe would wait for its writer.
-        raise OSError("it is no file")
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"it has {size} bytes; {MAX_JSON_BYTES} are allowed")
-    return parse_json(path.read_bytes())
+    return parse_json(read_regular(path, MAX_JSON_BYTES))
 
 
 def parse_json(text: bytes) -> Any:
@@ -74,7 +72,7 @@ def parse_json(text: bytes) -> Any:
         ValueError: If it is no such text.
     """
     try:
-        return json.loads(text.decode(), parse_constant=_refuse_number, parse_float=_finite)
+        return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_number, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -88,6 +86,68 @@ def _finite(word):
     if math.isinf(value):
         raise ValueError(f"it holds {word[:30]}, which is too large a number")
     return value
+
+
+_SIDE_FILES = {"__macosx", "$recycle.bin", "desktop.ini", "thumbs.db"}
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file or folder of this name is the operating system's, or hidden, and none of the user's data."""
+    return name.startswith(".") or name.lower() in _SIDE_FILES
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """Returns the content of a regular file, which is looked at before anything of it is read.
+
+    Args:
+        path: The file. A pipe would be waited for, and a device may have no end.
+        max_bytes: The largest size; a sparse file has the size it claims.
+
+    Raises:
+        ValueError: If it is larger.
+        OSError: If it is no regular file, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(descriptor)
+        _check_regular(path, status, max_bytes)
+        file = os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with file:
+        return file.read(status.st_size)  # Not `max_bytes`, for which `read` takes memory at once.
+
+
+def check_regular(path: Path, max_bytes: int) -> None:
+    """Raises what `read_regular` raises before it reads."""
+    _check_regular(path, path.stat(), max_bytes)
+
+
+def _check_regular(path, status, max_bytes):
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file, but a pipe, socket or device", str(path))
+    if status.st_size > max_bytes:
+        raise ValueError(f"it has {status.st_size} bytes; {max_bytes} are allowed")
+
+
+def check_regular_tree(folder: Path, max_bytes: int, max_data_bytes: int, data: str) -> None:
+    """Raises what `check_regular` raises for a file in a folder, at any depth, and names it.
+
+    Args:
+        folder: The folder.
+        max_bytes: The largest size of a file.
+        max_data_bytes: That of one in a folder named `data`.
+        data: That name.
+    """
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            try:
+                check_regular(path, max_data_bytes if path.parent.name == data else max_bytes)
+            except ValueError as error:
+                raise ValueError(f"{str(path.relative_to(folder))!r}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -441,8 +441,14 @@ class SpikingConvNet(SpikingNetwork):
         ]
 
     def pool(self, index: int, x: jax.Array) -> jax.Array:
-        """Pools what reaches any layer but the first."""
+        """Pools what reaches any layer but the first; a `ValueError` if that leaves nothing of an axis."""
         if index > 0:
+            height, width = x.shape[1:3]
+            if not 1 <= self.pool_size <= min(height, width):
+                raise ValueError(
+                    f"pool_size: must be 1 or more and at most the {height} x {width} pixels that reach layer "
+                    f"{self.layer_names[index]}; got {self.pool_size}"
+                )
             x = sum_windows(x, self.pool_size)
         return x if index < len(self.features) else x.reshape(x.shape[0], -1)
 

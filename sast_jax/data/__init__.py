@@ -25,7 +25,7 @@ from sast_jax.data.batches import (
 from sast_jax.data.cache import Recordings, load_or_build
 from sast_jax.data.catalogue import CATALOGUE
 from sast_jax.data.corruption import CORRUPTIONS, corrupt
-from sast_jax.data.events import NUM_POLARITIES, bin_events
+from sast_jax.data.events import NUM_POLARITIES, bin_events, count_events, downsampled
 from sast_jax.data.images import load_mnist
 from sast_jax.data.loading import Prefetch, make_take
 from sast_jax.data.splits import split, take_fold
@@ -95,9 +95,8 @@ class Splits(NamedTuple):
 
 
 def sensor_size(name: str, downsample: int = 1) -> tuple[int, int]:
-    """Returns height and width, in pixels, of the frames of a data set."""
-    height, width = CATALOGUE[name].sensor_size
-    return height // downsample, width // downsample
+    """Returns height and width, in pixels, of the frames of a data set; a `ValueError` if `downsample` does not divide them."""
+    return downsampled(CATALOGUE[name].sensor_size, downsample)
 
 
 def load_dataset(
@@ -156,7 +155,7 @@ def load_dataset(
     entry = CATALOGUE[name]
     if (images or image_range) and name != "digits":
         raise UserError(f"dataset.images: only digits are simulated from images, not {name}; got {images or image_range!r}")
-    if any(size % downsample for size in entry.sensor_size):
+    if downsample < 1 or any(size % downsample for size in entry.sensor_size):
         raise UserError(f"dataset.downsample: must divide the {entry.sensor_size[0]} pixels of {name}; got {downsample}")
     binning: dict[str, Any] = {
         "num_time_steps": num_time_steps,
@@ -195,7 +194,7 @@ def load_dataset(
     if fold:
         train, test = take_fold(np.concatenate([train, test]), number=fold[0], num_folds=fold[1], **choose)
     parts = {name: recordings.take(part) for name, part in (("train", train), ("validation", validation), ("test", test))}
-    notes = _notes(recordings.skipped, parts, entry.classes, source.place)
+    notes = (*_notes(recordings.skipped, parts, entry.classes, source.place), *map(str, recordings.remarks))
     if corruption is not None:
         parts["test"] = _corrupt_part(source, test, corruption, seed)
     if binary:
@@ -262,7 +261,7 @@ def _corrupt_part(source, indices, corruption, seed):
         for i, (name, events) in enumerate(zip(part.ids, source.read(indices), strict=True)):
             binning = {**source.binning, "duration": source.binning["duration"] or int(events["t"][-1]) + 1}
             scene = {"sensor_size": binning["sensor_size"], "duration": binning["duration"]}
-            frames[i] = bin_events(corrupt(events, *corruption, (seed, zlib.crc32(name.encode())), **scene), **binning)
+            frames[i] = count_events(corrupt(events, *corruption, (seed, zlib.crc32(name.encode())), **scene), **binning)
         return part._replace(frames=frames)
 
     own = {"corruption": corruption, "corruption_seed": seed, "ids": part.checksum()}
@@ -275,7 +274,7 @@ def _simulated(read, labels, ids, binning, place, *, is_test, persons=None, **de
     def build():
         frames = np.empty((len(ids), binning["num_time_steps"], *_frame_size(binning), NUM_POLARITIES), np.uint8)
         for i, events in enumerate(tqdm(read(np.arange(len(ids))), "simulating", len(ids), unit=" recordings", disable=None)):
-            frames[i] = bin_events(events, **binning)
+            frames[i] = count_events(events, **binning)
         return Recordings(frames, labels.astype(np.int32), np.array(ids))
 
     description = {"version": _CACHE_VERSION, **binning, **description}
@@ -311,7 +310,7 @@ def _mnist(binning, seed, folder, image_range):
     ids = np.array([f"{part}/{i:05d}" for part, each in parts.items() for i in range(len(each.labels))])[shown]
 
     def read(indices):
-        return simulated.simulate_saccades(pixels / np.float32(255), seed=seed, recorder=simulated.NMNIST, indices=shown[indices])
+        return simulated.simulate_saccades(pixels, seed=seed, recorder=simulated.NMNIST, indices=shown[indices])
 
     return _simulated(
         read,

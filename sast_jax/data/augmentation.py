@@ -24,6 +24,10 @@ def make_augment(
         binary: Whether frames hold 0 and 1 and are to stay so.
         seed: Non-negative seed.
 
+    Raises:
+        ValueError: By the returned function, if `max_shift` reaches the height or width of the frames, so that a shift could
+            leave nothing of them.
+
     References:
         Gu et al. EventDrop: Data Augmentation for Event-based Learning. IJCAI 2021.
     """
@@ -57,6 +61,11 @@ def _drop_and_jitter(key, frames, drop, time_jitter, limit):
 
 def _shift(key, frames, max_shift):
     _, batch_size, height, width, _ = frames.shape
+    if max_shift >= min(height, width):
+        raise ValueError(
+            f"max_shift: must be less than the {height} x {width} pixels of a frame, or a shift leaves nothing of it; got "
+            f"{max_shift}"
+        )
     start = jax.random.randint(key, (batch_size, 2), 0, 2 * max_shift + 1)
     padding = ((0, 0), (0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
 

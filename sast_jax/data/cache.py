@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sast_jax.errors import UserError
-from sast_jax.files import atomic_write, cache_dir
+from sast_jax.files import atomic_write, cache_dir, check_regular
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -23,12 +24,14 @@ class Recordings(NamedTuple):
         labels: int32 `[N]`.
         ids: str `[N]`, the name of each recording in its data set.
         skipped: str `[M]`, what could not be read, a line per file with the reason.
+        remarks: str `[L]`, what looks wrong about those that could, a line each.
     """
 
     frames: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
     skipped: np.ndarray = np.array([], np.str_)
+    remarks: np.ndarray = np.array([], np.str_)
 
     def take(self, index: np.ndarray) -> "Recordings":
         """Returns the samples with the given indices, in that order."""
@@ -72,10 +75,11 @@ def load_or_build(description: dict[str, Any], build: Callable[[], Recordings]) 
 
 def _load(path: Path) -> Recordings | None:
     try:
+        check_regular(path, sys.maxsize)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             # Nothing is stored compressed, so nothing can be larger than the file.
             if sum(entry.file_size for entry in arrays.zip.infolist()) <= path.stat().st_size:
-                recordings = Recordings(**{name: arrays[name] for name in Recordings._fields})
+                recordings = Recordings(**{name: arrays[name] for name in Recordings._fields if name in arrays})
                 if recordings.checksum() == arrays["checksum"].item():
                     return recordings
     except FileNotFoundError:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sast_jax.data.events import EVENT_DTYPE, NUM_POLARITIES
+from sast_jax.data.events import EVENT_DTYPE, NUM_POLARITIES, check_events
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -127,7 +127,7 @@ def corrupt(
     as they are.
 
     Args:
-        events: Structured array of `EVENT_DTYPE`, in any order, on the sensor; not changed.
+        events: Events as `bin_events` takes them, in any order, on the sensor; not changed.
         kind: One of `CORRUPTIONS`.
         severity: 1 to 5.
         seed: Non-negative seed, or several that together make one.
@@ -135,10 +135,11 @@ def corrupt(
         duration: D, in microseconds; events at or after it are left out.
 
     Returns:
-        A new array, ordered in time, on the sensor and within the duration.
+        A new array of `EVENT_DTYPE`, ordered in time, on the sensor and within the duration.
 
     Raises:
-        ValueError: If the kind or the severity is unknown.
+        ValueError: If the kind or the severity is unknown, or an event is not on the sensor.
+        TypeError: If the events are no structured array of integers.
 
     Example:
         >>> events = np.array([(1, 0, 10, 1), (1, 0, 20, 1), (0, 1, 90, 0)], EVENT_DTYPE)
@@ -153,6 +154,10 @@ def corrupt(
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be 1 to {len(SEVERITIES)}; got {severity!r}")
     apply, strengths = CORRUPTIONS[kind]
-    inside = events[events["t"] < duration]  # A copy, which `apply` may change.
+    columns = dict(zip("xytp", check_events(events, sensor_size), strict=True))
+    is_inside = columns["t"] < duration
+    inside = np.empty(np.count_nonzero(is_inside), EVENT_DTYPE)  # A copy, which `apply` may change.
+    for name, values in columns.items():
+        inside[name] = values[is_inside]
     corrupted = apply(inside, strengths[severity - 1], np.random.default_rng(seed), Scene(*sensor_size, duration))
     return corrupted[np.argsort(corrupted["t"], kind="stable")]

@@ -8,10 +8,18 @@ from typing import NamedTuple
 import numpy as np
 
 from sast_jax.data.events import EVENT_DTYPE
+from sast_jax.files import check_regular, read_regular
 
 _MAX_MILLISECONDS = 10**10  # Months; times of any number of bins then fit into 64 bits.
 
+MAX_EVENTS = 2**25
+"""Of a recording of DVS128 Gesture, whose longest have some millions; a sparse file may claim any number."""
+
+_MAX_AEDAT_BYTES = 2**29
+_MAX_LABEL_BYTES = 2**20
+
 _NMNIST_BYTES_PER_EVENT = 5
+_MAX_NMNIST_BYTES = _NMNIST_BYTES_PER_EVENT * 2**23  # An event in each microsecond that its 23 bits of time can count.
 _NMNIST_OVERFLOW_ROW = 240
 
 _AEDAT_VERSION = b"#!AER-DAT3.1"
@@ -34,15 +42,18 @@ def read_nmnist_file(file: Path) -> np.ndarray:
         Events of `EVENT_DTYPE`.
 
     Raises:
-        ValueError: If the file is empty, ends within an event, or its times run backwards.
+        ValueError: If the file is empty or too large, ends within an event, holds nothing but zeros, or its times run backwards.
+        OSError: If it is no regular file, or cannot be read.
     """
     from tonic.io import read_mnist_file
 
-    raw = file.read_bytes()
+    raw = read_regular(file, _MAX_NMNIST_BYTES)
     if not raw or len(raw) % _NMNIST_BYTES_PER_EVENT:
         raise ValueError(
             f"size must be a positive multiple of {_NMNIST_BYTES_PER_EVENT} bytes; got {len(raw)} (truncated, or not N-MNIST)"
         )
+    if not raw.strip(b"\0"):
+        raise ValueError(f"holds {len(raw):,} bytes that are all 0 (a copy that was cut off, or not N-MNIST)")
     # tonic takes time squared in the number of events of this row, which mark an overflow of time in longer recordings.
     if _NMNIST_OVERFLOW_ROW in raw[1::_NMNIST_BYTES_PER_EVENT]:
         raise ValueError(f"event y must be 0 to 33; got {_NMNIST_OVERFLOW_ROW} (damaged, or not N-MNIST)")
@@ -59,8 +70,11 @@ def read_gesture_array(file: Path) -> np.ndarray:
         Events of `EVENT_DTYPE`, times from the first event.
 
     Raises:
-        ValueError: If the file is no such array, holds no events, or its times are negative or run backwards.
+        ValueError: If the file is no such array, holds none, all equal or more than `MAX_EVENTS` events, or its times are
+            negative or run backwards.
+        OSError: If it is no regular file, or cannot be read.
     """
+    check_regular(file, 32 * MAX_EVENTS + 2**16)
     try:
         array = np.lib.format.open_memmap(file, mode="r")  # It takes no memory, whatever size the header claims.
     except OSError:
@@ -69,14 +83,20 @@ def read_gesture_array(file: Path) -> np.ndarray:
         raise ValueError(f"is no readable .npy file ({error})") from error
     if array.ndim != 2 or array.shape[1] != 4 or array.dtype.kind not in "iuf":
         raise ValueError(f"must be an array [N, 4] of numbers (x, y, p, t); got {list(array.shape)} of {array.dtype}")
-    columns = np.array(array, np.float64)
-    if not np.isfinite(columns).all() or np.abs(columns).max(initial=0) > _MAX_MILLISECONDS:
-        raise ValueError(f"x, y, p, t must be finite numbers up to {_MAX_MILLISECONDS:g}; there are others")
-    if (columns[:, :3] != np.rint(columns[:, :3])).any() or np.abs(columns[:, :3]).max(initial=0) > np.iinfo(np.int8).max:
-        raise ValueError("x, y and p must be integers from 0 to 127; there are others")
-    events = np.empty(len(columns), EVENT_DTYPE)
-    events["x"], events["y"], events["p"] = columns[:, 0], columns[:, 1], columns[:, 2]
-    events["t"] = np.rint(columns[:, 3] * 1000)
+    if len(array) > MAX_EVENTS:
+        raise ValueError(f"holds {len(array):,} events; {MAX_EVENTS:,} are allowed")
+    events = np.empty(len(array), EVENT_DTYPE)
+    for i, name in enumerate(("x", "y", "p", "t")):  # One by one, which takes less memory.
+        column = np.array(array[:, i], np.float64)
+        if not np.isfinite(column).all() or np.abs(column).max(initial=0) > _MAX_MILLISECONDS:
+            raise ValueError(f"x, y, p, t must be finite numbers up to {_MAX_MILLISECONDS:g}; there are others")
+        if name == "t":
+            column = np.rint(column * 1000)
+        elif (column != np.rint(column)).any() or np.abs(column).max(initial=0) > np.iinfo(np.int8).max:
+            raise ValueError("x, y and p must be integers from 0 to 127; there are others")
+        events[name] = column
+    if len(events) > 1 and (events == events[0]).all():
+        raise ValueError(f"holds {len(events):,} equal events (zero-filled: a copy that was cut off)")
     return _from_first(_ordered(events))
 
 
@@ -99,8 +119,10 @@ def read_gesture_labels(file: Path) -> list[Gesture]:
 
     Raises:
         ValueError: If it is no such file; the line is named.
+        OSError: If it is no regular file, or cannot be read.
     """
-    heading, *lines = file.read_bytes().decode(errors="replace").splitlines() or [""]
+    text = read_regular(file, _MAX_LABEL_BYTES).decode("utf-8-sig", errors="replace")  # Editors may begin with a BOM.
+    heading, *lines = text.splitlines() or [""]
     if heading.split(",")[0].strip() != "class":
         raise ValueError(f"must begin with the heading class,startTime_usec,endTime_usec; got {heading[:60]!r}")
     gestures = []
@@ -133,12 +155,13 @@ def read_aedat(file: Path) -> np.ndarray:
         Events of `EVENT_DTYPE`, in the order of the file and on its clock.
 
     Raises:
-        ValueError: If the file is of another format, ends within a packet, or holds no events.
+        ValueError: If the file is of another format, too large, ends within a packet, or holds no events.
+        OSError: If it is no regular file, or cannot be read.
 
     References:
         iniVation AG. AEDAT file formats: AEDAT 3.1.
     """
-    raw = file.read_bytes()
+    raw = read_regular(file, _MAX_AEDAT_BYTES)
     if not raw.startswith(_AEDAT_VERSION):
         raise ValueError(f"must begin with {_AEDAT_VERSION.decode()}; got {raw[:12]!r}")
     position = raw.find(_AEDAT_END_OF_HEADER)

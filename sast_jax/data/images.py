@@ -1,6 +1,7 @@
 """Images of MNIST's files, as they are distributed."""
 
 import gzip
+import io
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -8,8 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 from sast_jax.errors import UserError
+from sast_jax.files import read_regular
+from sast_jax.text import printable
 
 _MAGIC = b"\0\0\x08"  # Unsigned bytes; the number of dimensions follows.
+
+MAX_IDX_BYTES = 2**29
+"""More than QMNIST, the largest set of digits in this form, has; a small archive may hold any number of bytes."""
+
+_CHUNK = 2**22
 
 
 class Images(NamedTuple):
@@ -48,7 +56,8 @@ def load_mnist(folder: Path, part: str) -> Images:
         try:
             arrays.append(read_idx(files[0], 3 if "images" in name else 1))
         except (ValueError, OSError, EOFError, zlib.error) as error:  # The last two are what damaged archives raise.
-            raise UserError(f"dataset.images: {files[0]}: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise UserError(f"dataset.images: {printable(str(files[0]))}: {reason}") from error
     pixels, labels = arrays
     if len(pixels) != len(labels):
         raise UserError(f"dataset.images: {str(folder)!r} has {len(pixels)} images but {len(labels)} labels of {part}")
@@ -59,13 +68,22 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
     """Reads an idx file of unsigned bytes, packed by gzip if its name ends so.
 
     Raises:
-        ValueError: If it is no such file or of another size than it says.
+        ValueError: If it is no such file, of another size than it says, or larger than `MAX_IDX_BYTES`.
+        OSError: If it is no regular file, or cannot be read.
     """
-    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    header = 4 + 4 * num_dimensions
-    if raw[:4] != _MAGIC + bytes([num_dimensions]) or len(raw) < header:
-        raise ValueError(f"is no idx file of unsigned bytes in {num_dimensions} dimensions; begins with {raw[:4]!r}")
-    shape = np.frombuffer(raw[4:header], ">u4").astype(int)
-    if len(raw) - header != np.prod(shape, dtype=object) or not len(raw) > header:
-        raise ValueError(f"says it holds {' x '.join(map(str, shape))} bytes; holds {len(raw) - header} (truncated, or damaged)")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    packed = io.BytesIO(read_regular(file, MAX_IDX_BYTES + 4 + 4 * num_dimensions))
+    stream = gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed
+    magic, sizes = stream.read(4), stream.read(4 * num_dimensions)
+    if magic != _MAGIC + bytes([num_dimensions]) or len(sizes) < 4 * num_dimensions:
+        raise ValueError(f"is no idx file of unsigned bytes in {num_dimensions} dimensions; begins with {magic!r}")
+    shape = np.frombuffer(sizes, ">u4").astype(int)
+    expected, said = int(np.prod(shape, dtype=object)), " x ".join(map(str, shape))
+    if expected > MAX_IDX_BYTES:
+        raise ValueError(f"says it holds {said} bytes; {MAX_IDX_BYTES:,} are allowed")
+    content = bytearray()
+    while chunk := stream.read(min(_CHUNK, expected + 1 - len(content))):  # `read` takes memory for all it is asked for.
+        content += chunk
+    if len(content) != expected or not expected:
+        found = f"holds {len(content)}" if len(content) <= expected else "holds more"
+        raise ValueError(f"says it holds {said} bytes; {found} (truncated, or damaged)")
+    return np.frombuffer(content, np.uint8).reshape(shape)

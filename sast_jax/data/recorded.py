@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from sast_jax.data import decoders
 from sast_jax.data.cache import Recordings
-from sast_jax.data.events import NUM_POLARITIES, bin_events
+from sast_jax.data.events import NUM_POLARITIES, count_events, find_time_problems, measure_times
 from sast_jax.errors import UserError
+from sast_jax.files import is_side_file
+from sast_jax.text import printable
 
 NMNIST_SENSOR_SIZE = (34, 34)
 NMNIST_DURATION = 310_000
@@ -56,6 +58,7 @@ class Collection(NamedTuple):
         list_sources: Recordings in a folder, and what is wrong with files that had to be read to list them.
         is_test: Whether the recording of an id belongs to the test part.
         person: Who made the recording of an id; empty if that is not known.
+        time_unit: What its files give times in, in words.
         tonic_name: Class of tonic that downloads it; its parts are the folders `tonic_parts`, training first.
         tonic_parts: Those folders.
         by_hand: How to get it without tonic.
@@ -69,46 +72,88 @@ class Collection(NamedTuple):
     list_sources: Callable[[Path], tuple[list[Source], list[str]]]
     is_test: Callable[[str], bool]
     person: Callable[[str], str]
+    time_unit: str
     tonic_name: str
     tonic_parts: tuple[str, str]
     by_hand: str
 
 
+_MAX_DEPTH = 3  # Of folders in the one of a part; so deep, recordings in a wrong place are found and named.
+
+
+def _find(folder: Path, suffix: str, depth: int = _MAX_DEPTH) -> Iterator[Path]:
+    """Yields what in a folder ends in a suffix, in small or capital letters, at any place: not all of it need be recordings.
+
+    Raises:
+        OSError: If a folder cannot be read, so that recordings would be missed.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_side_file(entry.name):
+                continue
+            if entry.name.lower().endswith(suffix):
+                yield folder / entry.name
+            elif depth and entry.is_dir():
+                yield from _find(folder / entry.name, suffix, depth - 1)
+
+
+_DIGITS = tuple("0123456789")
+
+
 def _nmnist_files(folder):
-    return sorted(file for part in ("Train", "Test") for file in (folder / part).glob("[0-9]/*.bin"))
+    return sorted(file for part in ("Train", "Test") for file in _find(folder / part, ".bin"))
 
 
 def _nmnist_sources(folder):
-    return [
-        Source(_id(file, folder), int(file.parent.name), file, functools.partial(decoders.read_nmnist_file, file))
-        for file in _nmnist_files(folder)
-    ], []
+    sources, problems = [], []
+    for file in _nmnist_files(folder):
+        _, *digits = file.relative_to(folder).parts[:-1]
+        if len(digits) == 1 and digits[0] in _DIGITS and file.suffix == ".bin":
+            read = functools.partial(decoders.read_nmnist_file, file)
+            sources.append(Source(_id(file, folder), int(digits[0]), file, read))
+        else:
+            problems.append(f"{printable(str(file))}: is no Train/<digit>/<name>.bin or Test/<digit>/<name>.bin, digit 0 to 9")
+    return sources, problems
 
 
 def _gesture_files(folder):
-    arrays = sorted(file for part in ("Train", "Test") for file in (folder / f"ibmGesture{part}").glob("user*/*.npy"))
-    return arrays or sorted(file for suffix in (".aedat", "_labels.csv") for file in folder.glob(f"user*{suffix}"))
+    parts = [part for part in (folder / "ibmGestureTrain", folder / "ibmGestureTest") if part.is_dir()]
+    arrays = sorted(file for part in parts for file in _find(part, ".npy"))
+    return arrays or sorted(
+        file for suffix in (".aedat", "_labels.csv") for file in _find(folder, suffix, 0) if suffix == ".aedat" or _is_user(file)
+    )
+
+
+def _is_user(file):
+    return file.name.startswith("user")
 
 
 def _gesture_sources(folder):
     sources, problems = [], []
     read_aedat = functools.lru_cache(maxsize=1)(decoders.read_aedat)  # The gestures of a file follow each other.
     for file in _gesture_files(folder):
-        if file.suffix == ".npy":
-            if file.stem in map(str, range(11)):
+        shown = printable(str(file))
+        if file.suffix.lower() == ".npy":
+            if file.suffix != ".npy" or len(file.relative_to(folder).parts) != 3 or not _is_user(file.parent):
+                problems.append(f"{shown}: is no userNN_<light>/<class>.npy in ibmGestureTrain or ibmGestureTest")
+            elif file.stem in map(str, range(11)):
                 sources.append(
                     Source(_id(file, folder), int(file.stem), file, functools.partial(decoders.read_gesture_array, file))
                 )
             else:
-                problems.append(f"{file}: the name must be the class, 0.npy to 10.npy")
+                problems.append(f"{shown}: the name must be the class, 0.npy to 10.npy")
+        elif file.suffix.lower() == ".aedat" and (file.suffix != ".aedat" or not _is_user(file)):
+            problems.append(f"{shown}: is no userNN_<light>.aedat")
         elif file.suffix == ".aedat":
             labels = file.with_name(f"{file.stem}_labels.csv")
             try:
                 gestures = decoders.read_gesture_labels(labels)
             except FileNotFoundError:
-                problems.append(f"{labels}: is missing; without it the gestures in {file.name} are not known")
+                problems.append(
+                    f"{printable(str(labels))}: is missing; without it the gestures in {printable(file.name)} are not known"
+                )
             except ValueError as error:
-                problems.append(f"{labels}: {error}")
+                problems.append(f"{printable(str(labels))}: {error}")
             else:
                 for i, gesture in enumerate(gestures):
                     nth = sum(earlier.label == gesture.label for earlier in gestures[:i])
@@ -132,7 +177,12 @@ def _is_gesture_test(name):
 
 
 def _id(file, folder):
-    return file.relative_to(folder).with_suffix("").as_posix()
+    name = file.relative_to(folder).with_suffix("").as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Bytes of another encoding, which not every file that names a recording could hold.
+        name = os.fsencode(name).decode(errors="backslashreplace")
+    return name
 
 
 COLLECTIONS = {
@@ -145,6 +195,7 @@ COLLECTIONS = {
         list_sources=_nmnist_sources,
         is_test=lambda name: name.startswith("Test/"),
         person=lambda name: "",
+        time_unit="microseconds",
         tonic_name="NMNIST",
         tonic_parts=("Train", "Test"),
         by_hand="Train.zip and Test.zip from N-MNIST's own page, https://www.garrickorchard.com/datasets/n-mnist",
@@ -161,6 +212,7 @@ COLLECTIONS = {
         list_sources=_gesture_sources,
         is_test=_is_gesture_test,
         person=_gesture_person,
+        time_unit="milliseconds (.npy) or microseconds (.aedat)",
         tonic_name="DVSGesture",
         tonic_parts=("ibmGestureTrain", "ibmGestureTest"),
         by_hand="DvsGesture.tar.gz from its authors' page, https://research.ibm.com/interactive/dvsgesture/, or, with a browser, "
@@ -191,16 +243,30 @@ def find_recordings(name: str, root: str, *, download: bool) -> Path:
         )
     base = Path(os.path.expanduser(root or str(data)))
     candidates = [base, *(base / name for name in collection.folders)]
-    if download and not any(map(collection.is_there, candidates)):
-        _download(collection, base)
-    for folder in candidates:
-        if collection.is_there(folder):
-            return folder
-    state = "does not exist" if not base.exists() else "holds none" if base.is_dir() else "is not a folder"
+    with _naming(base):
+        if download and not any(map(collection.is_there, candidates)):
+            _download(collection, base)
+        for folder in candidates:
+            if collection.is_there(folder):
+                return folder
+        state = "does not exist" if not base.exists() else "holds none" if base.is_dir() else "is not a folder"
+        for folder in candidates:
+            if folder.is_dir():
+                os.scandir(folder).close()  # Of what may not be looked into nothing can be said.
     raise UserError(
         f"dataset.root: {str(base)!r} {state}; with recordings of {collection.title} it must hold {collection.layout}, itself "
         f"or in {collection.folders[0]}/. Change --config.dataset.root, or add --config.dataset.download=true"
     )
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turns errors of the disk or its permissions, which are none of the data, into a `UserError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        place = printable(os.fsdecode(error.filename or folder))
+        raise UserError(f"dataset.root: {place}: cannot be read ({error.strerror or error})") from error
 
 
 def _download(collection: Collection, base: Path) -> None:
@@ -247,12 +313,21 @@ def _download_problem(folder: Path, error: Exception) -> str:
 
 
 def describe_recordings(name: str, folder: Path) -> dict[str, Any]:
-    """Returns what identifies the recordings in a folder: number of files, and a digest of names, sizes and times of change."""
+    """Returns what identifies the recordings in a folder: number of files, and a digest of names, sizes and times of change.
+
+    The times are of the content, which a program may set, and of the file, which only the system sets: a recording that gets
+    another content at equal size and time is another. (On Windows the second is the time of its creation.)
+
+    Raises:
+        UserError: If a file or folder cannot be read.
+    """
     digest = hashlib.sha256()
-    files = COLLECTIONS[name].list_files(folder)
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    with _naming(folder):
+        files = COLLECTIONS[name].list_files(folder)
+        for file in files:
+            stat = file.stat()
+            line = f"{file.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
+            digest.update(line.encode(errors="surrogatepass"))
     return {"num_files": len(files), "files": digest.hexdigest()}
 
 
@@ -270,7 +345,8 @@ def read_recordings(
         downsample: Side of the squares of pixels that are counted together.
 
     Returns:
-        The recordings, sorted by file. Those that cannot be read are left out, and `skipped` names them.
+        The recordings, sorted by file. Those that cannot be read are left out, and `skipped` names them; `remarks` are
+        `find_time_problems`'.
 
     Raises:
         UserError: If a file cannot be opened, or the frames do not fit into memory.
@@ -280,15 +356,17 @@ def read_recordings(
         Frontiers in Neuroscience 2015.
         Amir et al. A Low Power, Fully Event-Based Gesture Recognition System. CVPR 2017.
     """
-    try:
-        sources, problems = COLLECTIONS[name].list_sources(folder)
+    collection = COLLECTIONS[name]
+    with _naming(folder):
+        sources, problems = collection.list_sources(folder)
         frame_shape = (num_time_steps, *(size // downsample for size in sensor_size), NUM_POLARITIES)
         frames = _allocate((len(sources), *frame_shape))
         read: list[Source] = []
-        for source in tqdm(sources, desc=f"reading {COLLECTIONS[name].title}", disable=None, leave=False):
+        times = []
+        for source in tqdm(sources, desc=f"reading {collection.title}", disable=None, leave=False):
             try:
                 events = source.read()
-                frames[len(read)] = bin_events(
+                frames[len(read)] = count_events(
                     events,
                     sensor_size=sensor_size,
                     num_time_steps=num_time_steps,
@@ -296,19 +374,36 @@ def read_recordings(
                     downsample=downsample,
                 )
                 read.append(source)
+                times.append(measure_times(events, duration or int(events["t"][-1]) + 1))
             except ValueError as error:
-                problems.append(f"{source.file}: {error}")
-    except OSError as error:  # Of the disk or its permissions, not of the data: nothing to skip.
-        raise UserError(f"dataset.root: {error.filename or folder}: cannot be read ({error.strerror or error})") from error
+                problems.append(f"{printable(str(source.file))}: {error}")
     labels = np.array([source.label for source in read], np.int32)
     ids = np.array([source.id for source in read], np.str_)
-    return Recordings(frames[: len(read)], labels, ids, np.array(list(dict.fromkeys(problems)), np.str_))
+    remarks = []
+    if duration:
+        setting = "" if name == "nmnist" else "dataset.duration={seconds}"
+        remarks = find_time_problems(times, duration, ids=ids.tolist(), setting=setting, unit=collection.time_unit)
+    skipped = np.array(list(dict.fromkeys(problems)), np.str_)
+    return Recordings(frames[: len(read)], labels, ids, skipped, np.array(remarks, np.str_))
 
 
 def read_events(name: str, folder: Path, ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields the events of the recordings of the given ids, which `read_recordings` has read before."""
-    sources = {source.id: source for source in COLLECTIONS[name].list_sources(folder)[0]}
-    return (sources[name].read() for name in ids)
+    """Yields the events of the recordings of the given ids, which `read_recordings` has read before.
+
+    Raises:
+        UserError: If one of them is gone, or has been changed into what cannot be read.
+    """
+    with _naming(folder):
+        sources = {source.id: source for source in COLLECTIONS[name].list_sources(folder)[0]}
+        for each in ids:
+            if each not in sources:
+                raise UserError(f"dataset.root: {str(folder)!r}: recording {str(each)!r} is gone since it was binned")
+            try:
+                events = sources[each].read()
+            except ValueError as error:
+                file = printable(str(sources[each].file))
+                raise UserError(f"dataset.root: {file}: {error}; it has been changed since it was binned") from error
+            yield events
 
 
 def _allocate(shape: tuple[int, ...]) -> np.ndarray:

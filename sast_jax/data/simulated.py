@@ -120,7 +120,7 @@ def simulate_saccades(
     is added. Recording i depends on `(seed, i)` and its image alone.
 
     Args:
-        images: `[N, h, w]` intensities in [0, 1].
+        images: `[N, h, w]` intensities in [0, 1], or, of dtype uint8, in [0, 255].
         seed: Non-negative seed of the pixels' thresholds, the saccades and the noise.
         recorder: The camera and its movement.
         indices: Which images to record; `None` stands for all.
@@ -139,7 +139,8 @@ def simulate_saccades(
         batch = indices[start : start + _BATCH]
         rngs = [np.random.default_rng((seed, i)) for i in batch]
         shifts = np.stack([_shifts(recorder, rng) for rng in rngs])
-        seen = _see(images[batch].astype(np.float32), shifts, recorder)
+        shown = images[batch] / np.float32(255) if images.dtype == np.uint8 else images[batch].astype(np.float32)
+        seen = _see(shown, shifts, recorder)
         counts = count_changes(seen, thresholds, is_refractory=camera.is_refractory)
         for rng, recording in zip(rngs, counts, strict=True):
             yield emit(recording, camera, rng)

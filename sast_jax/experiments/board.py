@@ -7,7 +7,7 @@ from typing import TextIO
 
 import numpy as np
 
-from sast_jax.text import align
+from sast_jax.text import align, printable
 
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -56,7 +56,7 @@ class Board:
             text = (
                 "diverged" if accuracy is None else f"{accuracy:.1%} {'test' if tested else 'validation'} accuracy, hard spikes"
             )
-            print(f"sweep: {self.progress()}; {run}: {text}", file=self._stream, flush=True)
+            print(f"sweep: {self.progress()}; {printable(run)}: {text}", file=self._stream, flush=True)
 
     def progress(self) -> str:
         """Returns how many runs are done, and about how long the others take at the pace so far."""

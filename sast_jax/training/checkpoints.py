@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sast_jax.errors import UserError, refuse
-from sast_jax.files import read_json
+from sast_jax.files import check_regular_tree, read_json
 from sast_jax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
@@ -96,6 +96,7 @@ def restore(workdir: Path, target: TrainState) -> tuple[TrainState, float] | Non
     path = (workdir / CHECKPOINTS).absolute() / str(step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), target.__dict__)
+    _check_files(path, shapes)
     handler = ocp.StandardCheckpointHandler()
     saved = _read(path, lambda: handler.metadata(path / "state").tree)
     refuse(_differences(saved, shapes), f"--workdir: the checkpoint {str(path)!r} is not of this run's network and optimizer:")
@@ -112,6 +113,18 @@ def restore(workdir: Path, target: TrainState) -> tuple[TrainState, float] | Non
         f"--workdir: the checkpoint {str(path)!r} was changed after it was written; {_REMOVE}:",
     )
     return state, seconds
+
+
+_MAX_METADATA_BYTES = 2**24
+
+
+def _check_files(path, shapes):
+    """Refuses a checkpoint of which a file is a pipe, or larger than it can be of this state, before any of it is read."""
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    try:
+        check_regular_tree(path, _MAX_METADATA_BYTES, 2 * size + _MAX_METADATA_BYTES, "d")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--workdir: the checkpoint {str(path)!r} was changed after it was written: {error}") from error
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from sast_jax.text import printable
+
 
 class Progress:
     """Shows how far training is, with loss, accuracy and the time left.
@@ -17,7 +19,7 @@ class Progress:
     def __init__(self, title: str, *, step: int, num_steps: int, stream: TextIO | None = None):
         """Starts at `step` of `num_steps`; `stream` is standard error if not given."""
         self._stream = stream or sys.stderr
-        self._title, self._first_step, self._num_steps = title, step, num_steps
+        self._title, self._first_step, self._num_steps = printable(title), step, num_steps
         self._start = time.monotonic()
         self._bar = None
         if self._stream.isatty():
@@ -25,7 +27,7 @@ class Progress:
             self._bar = tqdm(
                 total=num_steps,
                 initial=step,
-                desc=title,
+                desc=self._title,
                 unit="step",
                 file=self._stream,
                 ncols=size.columns,
@@ -39,7 +41,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Shows a line."""
-        line = f"{self._title}: {text}"
+        line = f"{self._title}: {printable(text)}"
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         else:

@@ -248,7 +248,8 @@ def load_run_and_data(workdir: str | Path, overrides: Sequence[str] = ()) -> tup
 
     Args:
         workdir: Folder of the run.
-        overrides: Where the recordings lie now: `dataset.root=...`, `dataset.download=...`.
+        overrides: Where the recordings lie now: `dataset.root=...`; `dataset.download=true`, which only these allow: the
+            run's own field does not.
 
     Returns:
         The run, its config with the overrides, and its data.
@@ -257,7 +258,7 @@ def load_run_and_data(workdir: str | Path, overrides: Sequence[str] = ()) -> tup
         UserError: If the folder is no run, an override is of another field, or the recordings are missing or others.
     """
     run = load_run(workdir)
-    config = run.config.copy_and_resolve_references().unlock()
+    config = config_lib.forbid_download(run.config.copy_and_resolve_references().unlock())
     elsewhere = [text for text in overrides if text.partition("=")[0] not in MAY_MOVE]
     refuse([f"{text}: of a trained run only {', '.join(MAY_MOVE[:-1])} and {MAY_MOVE[-1]} can be set" for text in elsewhere])
     refuse(config_lib.apply_overrides(config, overrides) + config_lib.find_problems(config))

@@ -20,7 +20,7 @@ from sast_jax.devices import is_first_host, memory_bytes, num_cpu_devices, num_s
 from sast_jax.errors import Diverged, UserError, warn
 from sast_jax.evaluation.outputs import BATCH_SIZE
 from sast_jax.evaluation.transfer import EvalStep, evaluate_transfer
-from sast_jax.files import atomic_write, parse_json, write_json
+from sast_jax.files import atomic_write, parse_json, read_regular, write_json
 from sast_jax.training.build import (
     costs_a_gradient,
     load_data,
@@ -253,7 +253,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
         UserError: If another line is damaged.
     """
     path = Path(workdir) / METRICS
-    texts = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    texts = _read_bytes(path).split(b"\n")[:-1] if path.is_file() else []
     lines = []
     for number, text in enumerate(texts, 1):
         try:
@@ -265,6 +265,17 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}: line {number} is damaged ({wrong}); remove that line")
         lines.append(line)
     return lines
+
+
+_MAX_METRICS_BYTES = 2**28
+"""Lines of half a million epochs; what is larger is not of a run, and reading it could take all memory."""
+
+
+def _read_bytes(path):
+    try:
+        return read_regular(path, _MAX_METRICS_BYTES)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; it is no file of a run. Move it away, or choose another --workdir") from error
 
 
 def _forget_metrics_after(workdir, step):
