@@ -15,7 +15,7 @@ from sast_jax.data import recorded
 from sast_jax.errors import UserError, refuse, warn
 from sast_jax.files import read_json
 from sast_jax.neurons import RESETS
-from sast_jax.sam import ADAPTIVE, ASCENTS
+from sast_jax.sharpness import ADAPTIVE, ASCENTS
 from sast_jax.spikes import FAMILIES
 from sast_jax.theory.neuron import max_current
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"accumulation", "allocator", "errors", "text"},
     {"devices", "files"},
     {"compilation"},
-    {"convolution", "spikes", "sam", "data.events"},
+    {"convolution", "spikes", "sharpness", "data.events"},
     {"neurons", "data.cache", "data.camera", "data.corruption", "data.decoders", "data.images"},
     {"pallas"},
     {

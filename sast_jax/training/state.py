@@ -16,7 +16,7 @@ from sast_jax.accumulation import accumulate
 from sast_jax.data import BATCH_SPECS, DESCENT, PERTURBATION, SAMPLE_AXES, Batch
 from sast_jax.devices import WHOLE, over_devices
 from sast_jax.networks import measure_activity
-from sast_jax.sam import Ascent
+from sast_jax.sharpness import Ascent
 from sast_jax.spikes import Mode, SpikeFn
 
 Metrics = dict[str, jax.Array]
