@@ -14,7 +14,7 @@ import sast_jax
 PACKAGE = Path("sast_jax")
 
 LAYERS = [
-    {"accumulation", "allocator", "errors", "text"},
+    {"accumulation", "allocator", "errors", "ranges", "text"},
     {"devices", "files"},
     {"compilation"},
     {"convolution", "spikes", "sharpness", "data.events"},
