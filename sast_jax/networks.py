@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from sast_jax.convolution import Convolution, rows, sum_windows
 from sast_jax.devices import to_pool
 from sast_jax.errors import UserError
-from sast_jax.neurons import Reset, lif, lif_init, readout_weights, spikes_and_remaining
+from sast_jax.neurons import Reset, check_neuron, lif, lif_init, readout_weights, spikes_and_remaining
 from sast_jax.pallas import are_fast, lif_pallas
+from sast_jax.ranges import check_range
 from sast_jax.spikes import Mode, SpikeFn, spike_fn
 
 Order = Literal["auto", "layer_major", "step_major"]
@@ -205,7 +206,11 @@ class SpikingNetwork(nn.Module):
         return nn.initializers.variance_scaling(self.init_gain**2, "fan_in", "truncated_normal")
 
     def setup(self):
-        """Checks the choices and creates the synapses."""
+        """Checks the choices and the ranges of numbers, and creates the synapses."""
+        check_neuron(decay=self.decay, threshold=self.threshold, reset=self.reset)
+        check_range("slope", self.slope, "positive and finite")
+        check_range("readout_decay", self.readout_decay, "in [0, 1]")
+        check_range("init_gain", self.init_gain, "a finite number >= 0")
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}")
         if self.readout not in READOUTS:
@@ -240,8 +245,11 @@ class SpikingNetwork(nn.Module):
             Logits and the spikes of each layer.
 
         Raises:
-            ValueError: If there are not as many modes as layers of spiking neurons.
+            ValueError: If there are not as many modes, thresholds or gains as layers of spiking neurons, a number of the network
+                is out of its range, or frames have no step, sample or pixel.
         """
+        if 0 in frames.shape:
+            raise ValueError(f"frames must hold at least one time step, sample and pixel; got {frames.shape}")
         is_layer_major = self._order_here == "layer_major"
         run = type(self)._layer_major if is_layer_major else type(self)._step_major
         init = lif_init if is_layer_major else jnp.zeros_like
@@ -308,6 +316,11 @@ class SpikingNetwork(nn.Module):
         if len(modes) != self.num_spiking:
             raise ValueError(f"mode must be one name or {self.num_spiking}, one per layer of spiking neurons; got {mode!r}")
         thresholds = [self.threshold] * self.num_spiking if calibration is None else calibration.thresholds
+        for name, values in ("thresholds", thresholds), ("gains", thresholds if calibration is None else calibration.gains):
+            if len(values) != self.num_spiking:
+                raise ValueError(
+                    f"calibration must have {self.num_spiking} {name}, one per layer of spiking neurons; got {len(values)}"
+                )
         return [
             {
                 "decay": self.decay,
@@ -441,7 +454,13 @@ class SpikingConvNet(SpikingNetwork):
         ]
 
     def pool(self, index: int, x: jax.Array) -> jax.Array:
-        """Pools what reaches any layer but the first."""
+        """Pools what reaches any layer but the first.
+
+        Raises:
+            ValueError: If it has no places, as frames without an axis of samples.
+        """
+        if x.ndim != 4:
+            raise ValueError(f"frames must be [T, B, H, W, C]; got {x.ndim + 1} axes")
         if index > 0:
             x = sum_windows(x, self.pool_size)
         return x if index < len(self.features) else x.reshape(x.shape[0], -1)
