@@ -261,8 +261,8 @@ def _split_output(output, params, aux):
     if not _is_gradient(gradient, params):
         raise ValueError(
             f"grad_fn must return {'(gradient, aux) with a' if has_aux else 'a'} gradient, of floating-point numbers shaped as "
-            f"the weights, {_describe(params)}; got {_describe(output)}. jax.value_and_grad returns the loss first: take jax.grad, "
-            "or sam(aux=0.0) with grad_fn=lambda params: jax.value_and_grad(loss)(params, descent_batch)[::-1]"
+            f"the weights, {_describe(params)}; got {_describe(output)}. jax.value_and_grad returns the loss first: take "
+            "jax.grad, or sam(aux=0.0) with grad_fn=lambda params: jax.value_and_grad(loss)(params, descent_batch)[::-1]"
         )
     old, new = jax.tree.leaves(aux), jax.tree.leaves(new_aux)
     if jax.tree.structure(aux) != jax.tree.structure(new_aux) or [*map(jnp.shape, old)] != [*map(jnp.shape, new)]:
