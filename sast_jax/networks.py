@@ -71,6 +71,19 @@ class NetworkOutput(NamedTuple):
     activity: Activity | None = None
 
 
+def as_output(output: Any) -> NetworkOutput:
+    """Returns what a network returned, logits alone or with spikes, as a `NetworkOutput`.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if hasattr(output, "logits"):
+        return output  # type: ignore[no-any-return]
+    if not hasattr(output, "shape"):
+        raise TypeError(f"a network must return logits [B, K] or a sast_jax.NetworkOutput; got {type(output).__name__}")
+    return NetworkOutput(output, ())
+
+
 class Calibration(NamedTuple):
     """What may be set for each layer of spiking neurons once the weights are frozen.
 
