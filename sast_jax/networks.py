@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sast_jax.convolution import Convolution, rows, sum_windows
+from sast_jax.convolution import Convolution, rows, sum_windows, sum_windows_jvp
 from sast_jax.devices import to_pool
 from sast_jax.errors import UserError
 from sast_jax.neurons import Reset, check_neuron, lif, lif_init, readout_weights, spikes_and_remaining
 from sast_jax.pallas import are_fast, lif_pallas
 from sast_jax.ranges import check_range
-from sast_jax.spikes import Mode, SpikeFn, spike_fn
+from sast_jax.spikes import DERIVATIVE_RULES, DerivativeRule, Mode, SpikeFn, spike_fn
 
 Order = Literal["auto", "layer_major", "step_major"]
 Readout = Literal["leaky", "rate"]
@@ -125,6 +125,9 @@ class SpikingNetwork(nn.Module):
         time_loop: What takes the neurons of a layer through time: `scan`, the compiler's loop, or `pallas`, kernels for GPUs and
             TPUs (`lif_pallas`), which take whole layers and so imply the order `layer_major`. `auto`: the kernels on a GPU unless
             the order is `step_major`, and the loop elsewhere. A second derivative needs the loop.
+        derivative_rule: `vjp`: straight-through spikes, convolutions and kernels define their gradients by `jax.custom_vjp`: fast,
+            and for reverse mode. `jvp`: forward mode works, too (`jax.jvp`, `jacfwd`, `linearize`), with equal derivatives up to
+            rounding. Weights are those of either, so a trained network becomes `network.clone(derivative_rule="jvp")`.
     """
 
     num_classes: int
@@ -141,6 +144,7 @@ class SpikingNetwork(nn.Module):
     precision: Precision = "float32"
     time_chunk: int = 0
     time_loop: TimeLoop = "auto"
+    derivative_rule: DerivativeRule = "vjp"
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -188,6 +192,8 @@ class SpikingNetwork(nn.Module):
 
     @property
     def _has_kernels(self):
+        if self.derivative_rule == "jvp":
+            return False
         return self.time_loop == "pallas" or (self.time_loop == "auto" and self.order != "step_major" and are_fast())
 
     @property
@@ -232,6 +238,8 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
         if self.time_loop not in TIME_LOOPS:
             raise ValueError(f"time_loop must be one of {', '.join(TIME_LOOPS)}; got {self.time_loop!r}")
+        if self.derivative_rule not in DERIVATIVE_RULES:
+            raise ValueError(f"derivative_rule must be one of {', '.join(DERIVATIVE_RULES)}; got {self.derivative_rule!r}")
         is_in_loop = self._order_here == "step_major" or self.time_chunk
         if self.precision == "bfloat16" and is_in_loop and jax.default_backend() == "gpu":
             raise UserError(
@@ -339,10 +347,13 @@ class SpikingNetwork(nn.Module):
                 "decay": self.decay,
                 "threshold": threshold,
                 "reset": self.reset,
-                "spike_fn": mode if callable(mode) else spike_fn(mode, self.family, self.slope),
+                "spike_fn": mode if callable(mode) else self._spike_fn(mode),
             }
             for mode, threshold in zip(modes, thresholds, strict=True)
         ]
+
+    def _spike_fn(self, mode):
+        return spike_fn(mode, self.family, self.slope, derivative_rule=self.derivative_rule)
 
     def _layer_major(self, states, total, frames, weights, neurons, gains):
         num_time_steps, batch_size = frames.shape[:2]
@@ -460,7 +471,7 @@ class SpikingConvNet(SpikingNetwork):
         *names, readout = self.layer_names
         return [
             *(
-                Convolution(features, self.kernel_size, self.kernel_init, self.product_dtype, name=name)
+                Convolution(features, self.kernel_size, self.kernel_init, self.product_dtype, self.derivative_rule, name=name)
                 for name, features in zip(names, self.features, strict=True)
             ),
             self.dense(readout, self.num_classes),
@@ -475,7 +486,7 @@ class SpikingConvNet(SpikingNetwork):
         if x.ndim != 4:
             raise ValueError(f"frames must be [T, B, H, W, C]; got {x.ndim + 1} axes")
         if index > 0:
-            x = sum_windows(x, self.pool_size)
+            x = (sum_windows if self.derivative_rule == "vjp" else sum_windows_jvp)(x, self.pool_size)
         return x if index < len(self.features) else x.reshape(x.shape[0], -1)
 
     def pool_area(self, index: int) -> int:

@@ -217,7 +217,7 @@ def spike_fn(
         slope: Slope :math:`k > 0`; not used in hard mode.
         derivative_rule: How the derivative of `straight_through` is defined; its values are equal. `vjp`: by `jax.custom_vjp`,
             for reverse mode (`grad`, `jacrev`), and forward mode over it (`hessian`). `jvp`: by `jax.custom_jvp`, for forward
-            mode alone, too (`jvp`, `jacfwd`, `linearize`).
+            mode alone, too (`jvp`, `jacfwd`, `linearize`), where jax would say "can't apply forward-mode autodiff".
 
     Returns:
         An element-wise function that keeps shape and dtype.

@@ -17,8 +17,8 @@ LAYERS = [
     {"accumulation", "allocator", "errors", "ranges", "text"},
     {"devices", "files"},
     {"compilation"},
-    {"convolution", "spikes", "sharpness", "data.events"},
-    {"neurons", "data.cache", "data.camera", "data.corruption", "data.decoders", "data.images"},
+    {"spikes", "sharpness", "data.events"},
+    {"convolution", "neurons", "data.cache", "data.camera", "data.corruption", "data.decoders", "data.images"},
     {"pallas"},
     {
         "data.splits",
