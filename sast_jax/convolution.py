@@ -167,6 +167,8 @@ def _kernel_gradient(images, cotangent, kernel):
 
 
 def _kernel_gradient_in_parts(images, cotangent, kernel):
+    if not isinstance(images.shape[0], int):  # A symbolic number of samples, as in `jax.export`, has no known parts.
+        return _kernel_gradient(images, cotangent, kernel)
     _, width, channels, features = kernel.shape
     if features > MAX_FEATURES:
         return _sum_of_parts(_correlate, images, cotangent, _same_padding(kernel), 1 if SLOW_CALLS else MAX_PARTS)

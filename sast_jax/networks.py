@@ -125,9 +125,9 @@ class SpikingNetwork(nn.Module):
         time_loop: What takes the neurons of a layer through time: `scan`, the compiler's loop, or `pallas`, kernels for GPUs and
             TPUs (`lif_pallas`), which take whole layers and so imply the order `layer_major`. `auto`: the kernels on a GPU unless
             the order is `step_major`, and the loop elsewhere. A second derivative needs the loop.
-        derivative_rule: `vjp`: straight-through spikes, convolutions and kernels define their gradients by `jax.custom_vjp`: fast,
-            and for reverse mode. `jvp`: forward mode works, too (`jax.jvp`, `jacfwd`, `linearize`), with equal derivatives up to
-            rounding. Weights are those of either, so a trained network becomes `network.clone(derivative_rule="jvp")`.
+        derivative_rule: `vjp`: straight-through spikes, convolutions and kernels define their gradients by `jax.custom_vjp`:
+            fast, and for reverse mode. `jvp`: forward mode works, too (`jax.jvp`, `jacfwd`, `linearize`), with equal derivatives
+            up to rounding. Weights are those of either, so a trained network becomes `network.clone(derivative_rule="jvp")`.
     """
 
     num_classes: int
@@ -395,7 +395,8 @@ class SpikingNetwork(nn.Module):
             activity = Activity(tuple(map(jnp.mean, spikes)), tuple(map(jnp.mean, above)))
             return (tuple(new_states), total + weight * network._to_readout(x)), (tuple(spikes), activity)
 
-        if sum(state.size for state in states) >= MIN_SIZE_IN_POOL:
+        num_neurons = sum(state.size for state in states)
+        if isinstance(num_neurons, int) and num_neurons >= MIN_SIZE_IN_POOL:  # A size may be symbolic, as in `jax.export`.
             weights = to_pool(weights)
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self._unroll_here(len(frames)))
         return scan(self, (states, total), (frames, weights))

@@ -192,8 +192,9 @@ def leaky_readout(current: jax.Array, decay: float | jax.Array = 0.0) -> jax.Arr
     _check_floating(current)
     check_range("decay", decay, "in [0, 1]")
     decay = jnp.asarray(decay, jnp.promote_types(current.dtype, jnp.float32))  # In half precision the weights would not add up.
-    weights = readout_weights(len(current), decay.reshape(*[1] * (current.ndim - 1 - decay.ndim), *decay.shape))
-    return (jnp.sum(weights * current, axis=0) / len(current)).astype(current.dtype)
+    num_time_steps = current.shape[0]
+    weights = readout_weights(num_time_steps, decay.reshape(*[1] * (current.ndim - 1 - decay.ndim), *decay.shape))
+    return (jnp.sum(weights * current, axis=0) / num_time_steps).astype(current.dtype)
 
 
 def readout_weights(num_time_steps: int, decay: jax.Array) -> jax.Array:

@@ -36,7 +36,8 @@ def lif_pallas(
     Forward it reads currents and writes spikes, and potentials if there is a gradient to be taken; backward it reads potentials
     and derives spikes and slopes from them again. On a CPU the kernels are interpreted, which is for tests. Where the kernels
     do not reach, `lif` runs instead: currents that are not float32, decays or thresholds that are arrays, spike functions that
-    depend on arrays (a slope under a schedule, random hard spikes), or are given with `derivative_rule="jvp"`.
+    depend on arrays (a slope under a schedule, random hard spikes), or are given with `derivative_rule="jvp"`, and
+    sizes that are symbolic.
 
     Args:
         current: As in `lif`.
@@ -81,6 +82,8 @@ def are_fast() -> bool:
 def _is_covered(current, decay, threshold, spike_fn):
     are_numbers = isinstance(decay, int | float) and isinstance(threshold, int | float)
     is_missing = triton is None and jax.default_backend() == "gpu"
+    if not all(isinstance(size, int) for size in current.shape):
+        return False  # A symbolic size, as in `jax.export`, has no blocks.
     if is_missing or current.dtype != jnp.float32 or current.size == 0 or not are_numbers:
         return False
     if isinstance(spike_fn, functools.partial) and isinstance(spike_fn.func, jax.custom_jvp):
