@@ -16,12 +16,14 @@ def accumulate(grad_fn: Callable[..., Any], num_microbatches: int, *, axes: Any 
     perturbation is that of the whole batch, unlike with `optax.MultiSteps`, which averages over updates.
 
     Args:
-        grad_fn: `(params, batch) -> gradient`, or anything else to be averaged, as `jax.value_and_grad(loss)`.
+        grad_fn: `(params, batch) -> gradient`, or anything else to be averaged, as `jax.value_and_grad(loss)`. Sums are taken in
+            float32 at least; means of floating-point numbers have their dtype, those of integers and booleans are float32.
         num_microbatches: Number of parts M >= 1; peak memory falls with it, time hardly changes.
-        axes: Axis of the samples in each array of the batch: a number, or a tree prefix of the batch.
+        axes: Axis of the samples in each array of the batch: a number, or a tree prefix of the batch. A number in the batch is
+            given to each part, and of a `jax.random.key` each part has a key of its own, split from it.
 
     Returns:
-        A function like `grad_fn`, equal to it up to rounding.
+        A function like `grad_fn`, equal to it up to rounding, unless it draws random numbers.
 
     Raises:
         ValueError: If M is less than 1; when called, if it does not divide the number of samples.
@@ -38,6 +40,10 @@ def accumulate(grad_fn: Callable[..., Any], num_microbatches: int, *, axes: Any 
         return grad_fn
 
     def parts(axis, leaf):
+        leaf = jnp.asarray(leaf)
+        if leaf.ndim == 0:
+            is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            return jax.random.split(leaf, num_microbatches) if is_key else jnp.broadcast_to(leaf, num_microbatches)
         axis %= leaf.ndim
         num_samples = leaf.shape[axis]
         if num_samples % num_microbatches:
@@ -49,10 +55,20 @@ def accumulate(grad_fn: Callable[..., Any], num_microbatches: int, *, axes: Any 
         microbatches = jax.tree.map(lambda axis, part: jax.tree.map(lambda leaf: parts(axis, leaf), part), axes, batch)
 
         def add(total, microbatch):
-            return jax.tree.map(jnp.add, total, grad_fn(params, microbatch)), None
+            return jax.tree.map(lambda a, b: a + jnp.asarray(b, a.dtype), total, grad_fn(params, microbatch)), None
 
         first, rest = (jax.tree.map(lambda leaf, i=i: leaf[i], microbatches) for i in (0, slice(1, None)))
-        total, _ = jax.lax.scan(add, grad_fn(params, first), rest)
-        return jax.tree.map(lambda leaf: leaf / num_microbatches, total)
+        outputs = grad_fn(params, first)
+        total, _ = jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.asarray(leaf, _wide(leaf)), outputs), rest)
+        return jax.tree.map(lambda leaf, like: (leaf / num_microbatches).astype(_mean_dtype(like)), total, outputs)
 
     return accumulated
+
+
+def _wide(leaf):
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+
+
+def _mean_dtype(leaf):
+    dtype = jnp.result_type(leaf)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else _wide(leaf)

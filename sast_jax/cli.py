@@ -114,9 +114,7 @@ def _parse(argv):
     )
     export.add_argument("--output", required=True, metavar="FILE", type=Path, help="file to write, as net.nir")
     sweep = commands.add_parser("sweep", help="train, select and compare the methods of a study, or go on", allow_abbrev=False)
-    sweep.add_argument(
-        "--config", required=True, metavar="NAME", type=Path, help="a shipped study or a file: study_digits"
-    )
+    sweep.add_argument("--config", required=True, metavar="NAME", type=Path, help="a shipped study or a file: study_digits")
     sweep.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the study, made if missing")
     sweep.add_argument(
         "--together",

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
+import numpy as np
 
 from sast_jax import data, networks
 from sast_jax.data import recorded
 from sast_jax.errors import UserError, refuse, warn
 from sast_jax.files import read_json
 from sast_jax.neurons import RESETS
-from sast_jax.sam import ADAPTIVE, ASCENTS
+from sast_jax.sharpness import ADAPTIVE, ASCENTS
 from sast_jax.spikes import FAMILIES
 from sast_jax.theory.neuron import max_current
 
@@ -279,7 +280,7 @@ def _call(get_config, variant: str, path: str) -> tuple[ml_collections.ConfigDic
         raise UserError(f"--config: variants of {path!r} must be names, as ('baseline', 'sast'); got {variants!r}")
     if _VARIANTS in config:
         del config[_VARIANTS]
-    return with_defaults(_with_tuples(config)), tuple(variants) or ("",)
+    return with_defaults(with_plain_values(config)), tuple(variants) or ("",)
 
 
 def flatten(config: ml_collections.ConfigDict | dict[str, Any]) -> dict[str, Any]:
@@ -305,18 +306,28 @@ def from_json(value: dict[str, Any], *, heading: str = "") -> ml_collections.Con
         UserError: Listing every problem.
     """
     try:
-        config = with_defaults(_with_tuples(ml_collections.ConfigDict(value)))
+        config = with_defaults(with_plain_values(ml_collections.ConfigDict(value)))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # As a dot within a name.
         raise UserError(f"{heading} {error}") from error
     refuse(find_problems(config, with_data=False), heading)
     return config.lock()
 
 
-def _with_tuples(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    for key, value in flatten(config).items():
-        if isinstance(value, list):
-            set_field(config, key, tuple(value))
-    return config
+def with_plain_values(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a config, a copy if need be, with Python's numbers in place of NumPy's and tuples in place of lists."""
+    changed = {key: value for key, value in flatten(config).items() if repr(_plain(value)) != repr(value)}
+    if not changed:
+        return config
+    plain = ml_collections.ConfigDict(config.copy_and_resolve_references()).unlock()
+    for key, value in changed.items():
+        set_field(plain, key, value)
+    return plain.lock() if config.is_locked else plain
+
+
+def _plain(value):
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -359,7 +370,7 @@ def set_field(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
         target = target[part]
     if name in target:
         del target[name]  # Or ConfigDict would cast the value to the type of the old one.
-    target[name] = value
+    target[name] = _plain(value)
 
 
 def _parse(field: Field, text: str) -> Any:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from sast_jax.spikes import DerivativeRule
+
 MAX_CHANNELS, MAX_FEATURES, MIN_KERNEL_WIDTH = 8, 16, 3
 """Where pairs paid, forward and in image gradients: with more features, or channels, a convolution is fast as it is."""
 
@@ -165,6 +167,8 @@ def _kernel_gradient(images, cotangent, kernel):
 
 
 def _kernel_gradient_in_parts(images, cotangent, kernel):
+    if not isinstance(images.shape[0], int):  # A symbolic number of samples, as in `jax.export`, has no known parts.
+        return _kernel_gradient(images, cotangent, kernel)
     _, width, channels, features = kernel.shape
     if features > MAX_FEATURES:
         return _sum_of_parts(_correlate, images, cotangent, _same_padding(kernel), 1 if SLOW_CALLS else MAX_PARTS)
@@ -242,6 +246,11 @@ def sum_windows(images: jax.Array, size: int) -> jax.Array:
     return _sum_windows(images, size)
 
 
+def sum_windows_jvp(images: jax.Array, size: int) -> jax.Array:
+    """Equals `sum_windows`, with the compiler's own derivative, for forward mode, too."""
+    return _windows(images, size).sum((2, 4))
+
+
 def _sum_windows(images, size):
     windows = _windows(images, size)
     return functools.reduce(jnp.add, [windows[:, :, row, :, column] for row in range(size) for column in range(size)])
@@ -254,7 +263,7 @@ def _windows(images, size):
 
 
 def _sum_windows_fwd(images, size):
-    _, back = jax.vjp(lambda images: _windows(images, size).sum((2, 4)), images)
+    _, back = jax.vjp(functools.partial(sum_windows_jvp, size=size), images)
     return _apart(functools.partial(_sum_windows, size=size))(images), back
 
 
@@ -274,12 +283,14 @@ class Convolution(nn.Module):
         kernel_size: Height and width of the kernel.
         kernel_init: Initializer of the kernel.
         dtype: To what images and weights are cast; `None`: not at all.
+        derivative_rule: `vjp`: that of `convolution`, for reverse mode. `jvp`: the compiler's own, for forward mode, too.
     """
 
     features: int
     kernel_size: int
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: Any = None
+    derivative_rule: DerivativeRule = "vjp"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -288,6 +299,6 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
-        output = convolution(images, kernel)
+        output = (convolution if self.derivative_rule == "vjp" else _convolve_same)(images, kernel)
         repeat = _apart(lambda bias: jnp.tile(bias, output.shape[-2]))
         return (rows(output) + repeat(bias)).reshape(output.shape)

@@ -8,12 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sast_jax.convolution import Convolution, rows, sum_windows
+from sast_jax.convolution import Convolution, rows, sum_windows, sum_windows_jvp
 from sast_jax.devices import to_pool
 from sast_jax.errors import UserError
-from sast_jax.neurons import Reset, lif, lif_init, readout_weights, spikes_and_remaining
+from sast_jax.neurons import Reset, check_neuron, lif, lif_init, readout_weights, spikes_and_remaining
 from sast_jax.pallas import are_fast, lif_pallas
-from sast_jax.spikes import Mode, SpikeFn, spike_fn
+from sast_jax.ranges import check_range
+from sast_jax.spikes import DERIVATIVE_RULES, DerivativeRule, Mode, SpikeFn, spike_fn
 
 Order = Literal["auto", "layer_major", "step_major"]
 Readout = Literal["leaky", "rate"]
@@ -70,6 +71,19 @@ class NetworkOutput(NamedTuple):
     activity: Activity | None = None
 
 
+def as_output(output: Any) -> NetworkOutput:
+    """Returns what a network returned, logits alone or with spikes, as a `NetworkOutput`.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if hasattr(output, "logits"):
+        return output  # type: ignore[no-any-return]
+    if not hasattr(output, "shape"):
+        raise TypeError(f"a network must return logits [B, K] or a sast_jax.NetworkOutput; got {type(output).__name__}")
+    return NetworkOutput(output, ())
+
+
 class Calibration(NamedTuple):
     """What may be set for each layer of spiking neurons once the weights are frozen.
 
@@ -111,6 +125,9 @@ class SpikingNetwork(nn.Module):
         time_loop: What takes the neurons of a layer through time: `scan`, the compiler's loop, or `pallas`, kernels for GPUs and
             TPUs (`lif_pallas`), which take whole layers and so imply the order `layer_major`. `auto`: the kernels on a GPU unless
             the order is `step_major`, and the loop elsewhere. A second derivative needs the loop.
+        derivative_rule: `vjp`: straight-through spikes, convolutions and kernels define their gradients by `jax.custom_vjp`:
+            fast, and for reverse mode. `jvp`: forward mode works, too (`jax.jvp`, `jacfwd`, `linearize`), with equal derivatives
+            up to rounding. Weights are those of either, so a trained network becomes `network.clone(derivative_rule="jvp")`.
     """
 
     num_classes: int
@@ -127,6 +144,7 @@ class SpikingNetwork(nn.Module):
     precision: Precision = "float32"
     time_chunk: int = 0
     time_loop: TimeLoop = "auto"
+    derivative_rule: DerivativeRule = "vjp"
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -174,6 +192,8 @@ class SpikingNetwork(nn.Module):
 
     @property
     def _has_kernels(self):
+        if self.derivative_rule == "jvp":
+            return False
         return self.time_loop == "pallas" or (self.time_loop == "auto" and self.order != "step_major" and are_fast())
 
     @property
@@ -205,7 +225,11 @@ class SpikingNetwork(nn.Module):
         return nn.initializers.variance_scaling(self.init_gain**2, "fan_in", "truncated_normal")
 
     def setup(self):
-        """Checks the choices and creates the synapses."""
+        """Checks the choices and the ranges of numbers, and creates the synapses."""
+        check_neuron(decay=self.decay, threshold=self.threshold, reset=self.reset)
+        check_range("slope", self.slope, "positive and finite")
+        check_range("readout_decay", self.readout_decay, "in [0, 1]")
+        check_range("init_gain", self.init_gain, "a finite number >= 0")
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {self.order!r}")
         if self.readout not in READOUTS:
@@ -214,6 +238,8 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
         if self.time_loop not in TIME_LOOPS:
             raise ValueError(f"time_loop must be one of {', '.join(TIME_LOOPS)}; got {self.time_loop!r}")
+        if self.derivative_rule not in DERIVATIVE_RULES:
+            raise ValueError(f"derivative_rule must be one of {', '.join(DERIVATIVE_RULES)}; got {self.derivative_rule!r}")
         is_in_loop = self._order_here == "step_major" or self.time_chunk
         if self.precision == "bfloat16" and is_in_loop and jax.default_backend() == "gpu":
             raise UserError(
@@ -240,8 +266,11 @@ class SpikingNetwork(nn.Module):
             Logits and the spikes of each layer.
 
         Raises:
-            ValueError: If there are not as many modes as layers of spiking neurons.
+            ValueError: If there are not as many modes, thresholds or gains as layers of spiking neurons, a number of the network
+                is out of its range, or frames have no step, sample or pixel.
         """
+        if 0 in frames.shape:
+            raise ValueError(f"frames must hold at least one time step, sample and pixel; got {frames.shape}")
         is_layer_major = self._order_here == "layer_major"
         run = type(self)._layer_major if is_layer_major else type(self)._step_major
         init = lif_init if is_layer_major else jnp.zeros_like
@@ -308,15 +337,23 @@ class SpikingNetwork(nn.Module):
         if len(modes) != self.num_spiking:
             raise ValueError(f"mode must be one name or {self.num_spiking}, one per layer of spiking neurons; got {mode!r}")
         thresholds = [self.threshold] * self.num_spiking if calibration is None else calibration.thresholds
+        for name, values in ("thresholds", thresholds), ("gains", thresholds if calibration is None else calibration.gains):
+            if len(values) != self.num_spiking:
+                raise ValueError(
+                    f"calibration must have {self.num_spiking} {name}, one per layer of spiking neurons; got {len(values)}"
+                )
         return [
             {
                 "decay": self.decay,
                 "threshold": threshold,
                 "reset": self.reset,
-                "spike_fn": mode if callable(mode) else spike_fn(mode, self.family, self.slope),
+                "spike_fn": mode if callable(mode) else self._spike_fn(mode),
             }
             for mode, threshold in zip(modes, thresholds, strict=True)
         ]
+
+    def _spike_fn(self, mode):
+        return spike_fn(mode, self.family, self.slope, derivative_rule=self.derivative_rule)
 
     def _layer_major(self, states, total, frames, weights, neurons, gains):
         num_time_steps, batch_size = frames.shape[:2]
@@ -358,7 +395,8 @@ class SpikingNetwork(nn.Module):
             activity = Activity(tuple(map(jnp.mean, spikes)), tuple(map(jnp.mean, above)))
             return (tuple(new_states), total + weight * network._to_readout(x)), (tuple(spikes), activity)
 
-        if sum(state.size for state in states) >= MIN_SIZE_IN_POOL:
+        num_neurons = sum(state.size for state in states)
+        if isinstance(num_neurons, int) and num_neurons >= MIN_SIZE_IN_POOL:  # A size may be symbolic, as in `jax.export`.
             weights = to_pool(weights)
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, unroll=self._unroll_here(len(frames)))
         return scan(self, (states, total), (frames, weights))
@@ -434,14 +472,20 @@ class SpikingConvNet(SpikingNetwork):
         *names, readout = self.layer_names
         return [
             *(
-                Convolution(features, self.kernel_size, self.kernel_init, self.product_dtype, name=name)
+                Convolution(features, self.kernel_size, self.kernel_init, self.product_dtype, self.derivative_rule, name=name)
                 for name, features in zip(names, self.features, strict=True)
             ),
             self.dense(readout, self.num_classes),
         ]
 
     def pool(self, index: int, x: jax.Array) -> jax.Array:
-        """Pools what reaches any layer but the first; a `ValueError` if that leaves nothing of an axis."""
+        """Pools what reaches any layer but the first.
+
+        Raises:
+            ValueError: If it has no places, as frames without an axis of samples, or if pooling leaves nothing of an axis.
+        """
+        if x.ndim != 4:
+            raise ValueError(f"frames must be [T, B, H, W, C]; got {x.ndim + 1} axes")
         if index > 0:
             height, width = x.shape[1:3]
             if not 1 <= self.pool_size <= min(height, width):
@@ -449,7 +493,7 @@ class SpikingConvNet(SpikingNetwork):
                     f"pool_size: must be 1 or more and at most the {height} x {width} pixels that reach layer "
                     f"{self.layer_names[index]}; got {self.pool_size}"
                 )
-            x = sum_windows(x, self.pool_size)
+            x = (sum_windows if self.derivative_rule == "vjp" else sum_windows_jvp)(x, self.pool_size)
         return x if index < len(self.features) else x.reshape(x.shape[0], -1)
 
     def pool_area(self, index: int) -> int:

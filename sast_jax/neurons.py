@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sast_jax.ranges import check_range
 from sast_jax.spikes import SpikeFn
 
 Reset = Literal["zero", "subtract", "none"]
@@ -34,6 +35,14 @@ def _check_floating(current):
         raise ValueError(f"current must be of a floating-point dtype; got {current.dtype}")
 
 
+def check_neuron(*, decay: Any, threshold: Any, reset: str) -> None:
+    """Refuses parameters of a neuron that are out of their range, as far as they are known; see `lif_step`."""
+    check_range("decay", decay, "in [0, 1]")
+    check_range("threshold", threshold, "positive")
+    if reset not in RESETS:
+        raise ValueError(f"reset must be one of {', '.join(RESETS)}; got {reset!r}")
+
+
 def remaining_potential(state: LIFState, *, decay: float | jax.Array, threshold: float | jax.Array, reset: Reset) -> jax.Array:
     """Returns what decay and reset leave of the potential: that of the next step without its current. See `lif_step`."""
     potential, spikes = state
@@ -41,9 +50,7 @@ def remaining_potential(state: LIFState, *, decay: float | jax.Array, threshold:
         return decay * potential * (1.0 - spikes)
     if reset == "subtract":
         return decay * potential - threshold * spikes
-    if reset == "none":
-        return decay * potential
-    raise ValueError(f"reset must be one of {', '.join(RESETS)}; got {reset!r}")
+    return decay * potential
 
 
 def lif_step(
@@ -78,12 +85,14 @@ def lif_step(
         State at step t, in the dtype of `current`.
 
     Raises:
-        ValueError: If `reset` is unknown, or `current` is of an integer dtype.
+        ValueError: If `reset` is unknown, `decay` or `threshold` is known and out of its range, or `current` is of an integer
+            dtype.
 
     References:
         Gerstner, Kistler, Naud, Paninski. Neuronal Dynamics. Cambridge 2014, section 1.3.
     """
     _check_floating(current)
+    check_neuron(decay=decay, threshold=threshold, reset=reset)
     potential = remaining_potential(state, decay=decay, threshold=threshold, reset=reset) + current
     potential = potential.astype(current.dtype)
     return LIFState(potential, spike_fn(potential - threshold).astype(current.dtype))
@@ -136,6 +145,9 @@ def lif(
     Returns:
         Spikes `[T, B, ...]` and the state after the last step.
 
+    Raises:
+        ValueError: As `lif_step`.
+
     Example:
         A constant current of 0.6 needs two steps to pass the threshold, then starts again from zero.
 
@@ -145,6 +157,7 @@ def lif(
     """
     _check_floating(current)
     settings: dict[str, Any] = {"decay": decay, "threshold": threshold, "reset": reset}
+    check_neuron(**settings)
 
     def step(carry, current_now):
         potential = carry[0] + current_now
@@ -170,16 +183,18 @@ def leaky_readout(current: jax.Array, decay: float | jax.Array = 0.0) -> jax.Arr
         Logits `[B, K]`.
 
     Raises:
-        ValueError: If `current` is of an integer dtype.
+        ValueError: If `current` is of an integer dtype, or `decay` is known and not in [0, 1].
 
     Example:
         >>> leaky_readout(jnp.array([[[1.0]], [[2.0]]]), decay=0.5).item()
         1.75
     """
     _check_floating(current)
-    decay = jnp.asarray(decay, current.dtype)
-    weights = readout_weights(len(current), decay.reshape(*[1] * (current.ndim - 1 - decay.ndim), *decay.shape))
-    return jnp.sum(weights * current, axis=0) / len(current)
+    check_range("decay", decay, "in [0, 1]")
+    decay = jnp.asarray(decay, jnp.promote_types(current.dtype, jnp.float32))  # In half precision the weights would not add up.
+    num_time_steps = current.shape[0]
+    weights = readout_weights(num_time_steps, decay.reshape(*[1] * (current.ndim - 1 - decay.ndim), *decay.shape))
+    return (jnp.sum(weights * current, axis=0) / num_time_steps).astype(current.dtype)
 
 
 def readout_weights(num_time_steps: int, decay: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from sast_jax.neurons import LIFState, Reset, lif, lif_init, lif_step, remaining_potential
+from sast_jax.neurons import LIFState, Reset, check_neuron, lif, lif_init, lif_step, remaining_potential
 from sast_jax.spikes import SpikeFn
 
 try:
@@ -36,7 +36,8 @@ def lif_pallas(
     Forward it reads currents and writes spikes, and potentials if there is a gradient to be taken; backward it reads potentials
     and derives spikes and slopes from them again. On a CPU the kernels are interpreted, which is for tests. Where the kernels
     do not reach, `lif` runs instead: currents that are not float32, decays or thresholds that are arrays, spike functions that
-    depend on arrays (a slope under a schedule, random hard spikes).
+    depend on arrays (a slope under a schedule, random hard spikes), or are given with `derivative_rule="jvp"`, and
+    sizes that are symbolic.
 
     Args:
         current: As in `lif`.
@@ -54,6 +55,7 @@ def lif_pallas(
         Tillet, Kung, Cox. Triton: An Intermediate Language and Compiler for Tiled Neural Network Computations. MAPL 2019.
     """
     neuron: dict[str, Any] = {"decay": decay, "threshold": threshold, "reset": reset, "spike_fn": spike_fn}
+    check_neuron(decay=decay, threshold=threshold, reset=reset)
     if not _is_covered(current, decay, threshold, spike_fn):
         return lif(current, initial_state=initial_state, unroll=unroll, **neuron)
     state = lif_init(current[0]) if initial_state is None else initial_state
@@ -80,8 +82,12 @@ def are_fast() -> bool:
 def _is_covered(current, decay, threshold, spike_fn):
     are_numbers = isinstance(decay, int | float) and isinstance(threshold, int | float)
     is_missing = triton is None and jax.default_backend() == "gpu"
+    if not all(isinstance(size, int) for size in current.shape):
+        return False  # A symbolic size, as in `jax.export`, has no blocks.
     if is_missing or current.dtype != jnp.float32 or current.size == 0 or not are_numbers:
         return False
+    if isinstance(spike_fn, functools.partial) and isinstance(spike_fn.func, jax.custom_jvp):
+        return False  # Forward mode is wanted, and kernels have none.
     if jax.make_jaxpr(spike_fn)(current[0]).consts:
         return False
     value = str(jax.make_jaxpr(_value_of(spike_fn))(current[0]))

@@ -12,10 +12,17 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sast_jax.ranges import check_range
+
 Mode = Literal["surrogate", "hard", "straight_through"]
 SpikeFn = Callable[[jax.Array], jax.Array]
 
 MODES: tuple[Mode, ...] = ("surrogate", "hard", "straight_through")
+
+DerivativeRule = Literal["vjp", "jvp"]
+
+DERIVATIVE_RULES: tuple[DerivativeRule, ...] = ("vjp", "jvp")
+"""How jax is told a derivative: by `jax.custom_vjp`, for reverse mode; by `jax.custom_jvp`, for forward and reverse mode."""
 
 
 class SurrogateFamily(NamedTuple):
@@ -35,6 +42,19 @@ class SurrogateFamily(NamedTuple):
     max_second_derivative: Callable[[float], float]
 
 
+def _in_float32_at_least(function):
+    """In half precision a surrogate loses the digits that its derivative is made of, or overflows."""
+
+    @functools.wraps(function)
+    def wrapped(x, slope):
+        dtype = jnp.result_type(x)
+        is_half = dtype in (jnp.float16, jnp.bfloat16)
+        return function(jnp.asarray(x, jnp.float32), slope).astype(dtype) if is_half else function(x, slope)
+
+    return wrapped
+
+
+@_in_float32_at_least
 def arctan(x: jax.Array, slope: float | jax.Array) -> jax.Array:
     r"""Arctangent surrogate, :math:`\sigma(x) = 1/2 + \arctan(\tfrac{\pi}{2} k x) / \pi`.
 
@@ -71,36 +91,52 @@ def _fast_arctan_jvp(primals, tangents):
     return _fast_arctan(x), tangent / (1 + jnp.square(x))
 
 
+@_in_float32_at_least
 def logistic(x: jax.Array, slope: float | jax.Array) -> jax.Array:
     r"""Logistic surrogate, :math:`\sigma(x) = 1 / (1 + e^{-k x})`."""
     return jax.nn.sigmoid(slope * x)
 
 
+@_in_float32_at_least
 def fast_sigmoid(x: jax.Array, slope: float | jax.Array) -> jax.Array:
     r"""Fast sigmoid surrogate, :math:`\sigma(x) = \tfrac12 \bigl(1 + k x / (1 + k |x|)\bigr)`.
 
     References:
         Zenke, Ganguli. SuperSpike: Supervised Learning in Multilayer Spiking Neural Networks. Neural Computation 2018.
     """
-    return 0.5 * (1.0 + slope * x / (1.0 + slope * jnp.abs(x)))
+    return 0.5 * (1.0 + _softsign(slope * x))
+
+
+@jax.custom_jvp
+def _softsign(x):
+    """The quotient x / (1 + |x|), its derivative in closed form: as a difference of two it would cancel far from 0."""
+    limit = jnp.finfo(jnp.result_type(x, jnp.float32)).max  # Infinity over infinity would be no number.
+    x = jnp.clip(x, -limit, limit)
+    return x / (1.0 + jnp.abs(x))
+
+
+@_softsign.defjvp
+def _softsign_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return _softsign(x), tangent / jnp.square(1.0 + jnp.abs(x))
 
 
 FAMILIES: dict[str, SurrogateFamily] = {
     "arctan": SurrogateFamily(
         value=arctan,
-        derivative=lambda x, slope: 0.5 * slope / (1.0 + jnp.square(0.5 * math.pi * slope * x)),
+        derivative=_in_float32_at_least(lambda x, slope: 0.5 * slope / (1.0 + jnp.square(0.5 * math.pi * slope * x))),
         max_derivative=lambda slope: slope / 2,
         max_second_derivative=lambda slope: 3 * math.sqrt(3) * math.pi * slope**2 / 32,
     ),
     "logistic": SurrogateFamily(
         value=logistic,
-        derivative=lambda x, slope: slope * jax.nn.sigmoid(slope * x) * jax.nn.sigmoid(-slope * x),
+        derivative=_in_float32_at_least(lambda x, slope: slope * jax.nn.sigmoid(slope * x) * jax.nn.sigmoid(-slope * x)),
         max_derivative=lambda slope: slope / 4,
         max_second_derivative=lambda slope: slope**2 / (6 * math.sqrt(3)),
     ),
     "fast_sigmoid": SurrogateFamily(
         value=fast_sigmoid,
-        derivative=lambda x, slope: 0.5 * slope / jnp.square(1.0 + slope * jnp.abs(x)),
+        derivative=_in_float32_at_least(lambda x, slope: 0.5 * slope / jnp.square(1.0 + slope * jnp.abs(x))),
         max_derivative=lambda slope: slope / 2,
         max_second_derivative=lambda slope: slope**2,
     ),
@@ -109,6 +145,21 @@ FAMILIES: dict[str, SurrogateFamily] = {
 
 def _step_function(x):
     return jnp.greater(x, 0).astype(jnp.result_type(x))
+
+
+def _step_function_as_surrogate(x, slope, family):
+    del slope, family
+    return _step_function(x)
+
+
+_heaviside_jvp = jax.custom_jvp(_step_function_as_surrogate, nondiff_argnums=(2,))
+"""`heaviside` for forward and reverse mode."""
+
+
+@_heaviside_jvp.defjvp
+def _heaviside_jvp_rule(family, primals, tangents):
+    x, slope = primals
+    return _heaviside_jvp(x, slope, family), (tangents[0] * FAMILIES[family].derivative(x, slope)).astype(jnp.result_type(x))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -135,7 +186,8 @@ def heaviside(x: jax.Array, slope: float | jax.Array, family: str) -> jax.Array:
 
 
 def _heaviside_fwd(x, slope, family):
-    return heaviside(x, slope, family), (x, slope)
+    # With the other rule, so that a second derivative can be taken in either mode.
+    return _heaviside_jvp(x, slope, family), (x, slope)
 
 
 def _heaviside_bwd(family, residuals, cotangent):
@@ -146,7 +198,9 @@ def _heaviside_bwd(family, residuals, cotangent):
 heaviside.defvjp(_heaviside_fwd, _heaviside_bwd)
 
 
-def spike_fn(mode: Mode, family: str = "arctan", slope: float | jax.Array = 2.0) -> SpikeFn:
+def spike_fn(
+    mode: Mode, family: str = "arctan", slope: float | jax.Array = 2.0, *, derivative_rule: DerivativeRule = "vjp"
+) -> SpikeFn:
     r"""Returns the function from potential minus threshold to spikes.
 
     ==================  ===================  ====================  ==================================================
@@ -161,12 +215,15 @@ def spike_fn(mode: Mode, family: str = "arctan", slope: float | jax.Array = 2.0)
         mode: `surrogate`, `hard` or `straight_through`.
         family: `arctan`, `logistic` or `fast_sigmoid`; not used in hard mode.
         slope: Slope :math:`k > 0`; not used in hard mode.
+        derivative_rule: How the derivative of `straight_through` is defined; its values are equal. `vjp`: by `jax.custom_vjp`,
+            for reverse mode (`grad`, `jacrev`), and forward mode over it (`hessian`). `jvp`: by `jax.custom_jvp`, for forward
+            mode alone, too (`jvp`, `jacfwd`, `linearize`), where jax would say "can't apply forward-mode autodiff".
 
     Returns:
         An element-wise function that keeps shape and dtype.
 
     Raises:
-        ValueError: If `mode` or `family` is unknown, or a concrete `slope` is not positive.
+        ValueError: If `mode`, `family` or `derivative_rule` is unknown, or a concrete `slope` is not positive and finite.
 
     Example:
         >>> float(spike_fn("surrogate", "arctan", 2.0)(jnp.array(0.0)))
@@ -178,12 +235,15 @@ def spike_fn(mode: Mode, family: str = "arctan", slope: float | jax.Array = 2.0)
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
-    if isinstance(slope, (int, float)) and not slope > 0:
-        raise ValueError(f"slope must be positive; got {slope!r}")
+    if derivative_rule not in DERIVATIVE_RULES:
+        raise ValueError(f"derivative_rule must be one of {', '.join(DERIVATIVE_RULES)}; got {derivative_rule!r}")
+    check_range("slope", slope, "positive and finite")
     if mode == "surrogate":
         return lambda x: FAMILIES[family].value(x, slope).astype(jnp.result_type(x))
     if mode == "hard":
         return _step_function
+    if derivative_rule == "jvp":
+        return functools.partial(_heaviside_jvp, slope=slope, family=family)
     return functools.partial(heaviside, slope=slope, family=family)
 
 

@@ -41,7 +41,8 @@ def test_changelog_knows_the_version():
     assert re.search(rf"^## {re.escape(sast_jax.__version__)}\b", Path("CHANGELOG.md").read_text(), re.M)
 
 
-PAGES = {page: Path(page).read_text() for page in ("README.md", "docs/results.md")}
+PAGES = {str(page): page.read_text() for page in (Path("README.md"), *sorted(Path("docs/results").glob("*.md")))}
+TEXTS = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md")), *sorted(Path("docs").glob("*/*.md"))]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,26 @@ def test_page_shows_the_table_that_its_command_wrote(page, name):
     assert f"<!-- begin {name} -->\n{table}<!-- end {name} -->\n" in PAGES[page]
 
 
-@pytest.mark.parametrize("page", ["README.md", *map(str, Path("docs").glob("*.md"))])
-def test_links_lead_to_files_that_are_there(page):
-    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", Path(page).read_text())
-    assert [target for target in targets if not (Path(page).parent / target).exists()] == []
+def anchors(page):
+    """The anchors of a page's headings, as they are made of their words."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=str)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), (target, anchor)
+
+
+def test_pages_have_short_sentences():
+    done = subprocess.run([sys.executable, ".ci/prose"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_readme_is_short():
+    text = Path("README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1200

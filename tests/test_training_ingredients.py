@@ -12,7 +12,7 @@ from sast_jax import SpikingMLP, spike_fn
 from sast_jax.config import find_problems, load_configs, set_field
 from sast_jax.data import Batch
 from sast_jax.errors import UserError, refuse
-from sast_jax.sam import perturb_weights
+from sast_jax.sharpness import perturb_weights
 from sast_jax.spikes import FAMILIES, mixed_spike_fn
 from sast_jax.training import init_state, make_train_step
 from sast_jax.training.build import costs_a_gradient, make_network, make_optimizer, make_perturbation, make_spikes

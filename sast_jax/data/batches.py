@@ -60,8 +60,10 @@ def batch_indices(
         int64 `[batch_size / process_count]`, without repetition.
 
     Raises:
-        ValueError: If the hosts cannot have equal shares.
+        ValueError: If a batch is larger than the set, or the hosts cannot have equal shares.
     """
+    if not 1 <= batch_size <= num_samples:
+        raise ValueError(f"batch_size must be 1 to {num_samples}, the number of samples; got {batch_size}")
     if batch_size % process_count or not 0 <= process_index < process_count:
         raise ValueError(f"{process_count} hosts cannot share a batch of {batch_size}, or there is no host {process_index}")
     epoch, position = divmod(step, num_samples // batch_size)
@@ -84,6 +86,8 @@ def take_batch(recordings: Recordings, indices: np.ndarray) -> Batch:
 def evaluation_batches(recordings: Recordings, batch_size: int) -> Iterator[Batch]:
     """Yields all samples in order, in batches of equal size; the last one is padded and its padding masked."""
     num_samples = len(recordings.labels)
+    if batch_size < 1 or not num_samples:
+        raise ValueError(f"an evaluation needs recordings and a batch_size of at least 1; got {num_samples} and {batch_size}")
     for start in range(0, num_samples, batch_size):
         position = np.arange(start, start + batch_size)
         batch = take_batch(recordings, np.minimum(position, num_samples - 1))

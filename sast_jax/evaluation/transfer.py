@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from sast_jax.data import BATCH_SPECS, SAMPLE_AXES, Batch, Recordings, evaluation_batches
 from sast_jax.devices import WHOLE, over_devices, place, settle
 from sast_jax.evaluation.outputs import BATCH_SIZE, apply, map_recordings, predict_logits, score, sharing_devices
-from sast_jax.networks import SpikingNetwork
+from sast_jax.networks import SpikingNetwork, as_output
 
 EvalStep = Callable[[Any, Batch], dict[str, jax.Array]]
 
@@ -27,7 +27,8 @@ def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
     compile it once.
 
     Args:
-        network: A module applied as `network.apply({"params": params}, frames, mode)`.
+        network: A module applied as `network.apply({"params": params}, frames, mode)`, which returns logits `[B, K]` or a
+            `NetworkOutput`.
         mesh: Devices that share the samples and each have the weights; `None`: one device.
     """
     try:
@@ -41,7 +42,7 @@ def _shared_eval_step(network, mesh):
     def eval_step(params, batch):
         sums = {"num_samples": jnp.sum(batch.mask)}
         for mode in ("surrogate", "hard"):
-            logits = network.apply({"params": params}, batch.frames, mode).logits
+            logits = as_output(network.apply({"params": params}, batch.frames, mode)).logits
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             sums[f"{mode}_correct"] = jnp.sum(batch.mask & (logits.argmax(-1) == batch.labels))
             sums[f"{mode}_loss"] = jnp.sum(jnp.where(batch.mask, loss.astype(jnp.float32), 0.0))
@@ -70,11 +71,23 @@ def evaluate_transfer(eval_step: EvalStep, params: Any, recordings: Recordings, 
     Args:
         eval_step: From `make_eval_step`.
         params: Weights.
-        recordings: At least one sample.
+        recordings: At least one sample, as the parts of `load_dataset` are, or `Recordings(frames, labels, ids)` of one's own.
         batch_size: Samples per call; changes memory, not the result.
 
     Returns:
         `surrogate_accuracy`, `hard_accuracy`, `transfer_gap` (fractions), and the mean `surrogate_loss` and `hard_loss`.
+
+    Raises:
+        ValueError: If there are no recordings, or `batch_size` is less than 1.
+
+    Example:
+        >>> from sast_jax import SpikingMLP
+        >>> network, rng = SpikingMLP(num_classes=3), np.random.default_rng(0)
+        >>> recordings = Recordings(rng.integers(0, 2, (7, 5, 4, 4, 2)), np.arange(7) % 3, np.arange(7).astype(str))
+        >>> params = network.init(jax.random.key(0), np.zeros((5, 1, 4, 4, 2), np.float32))["params"]
+        >>> measured = evaluate_transfer(make_eval_step(network), params, recordings, batch_size=4)
+        >>> measured["transfer_gap"] == measured["surrogate_accuracy"] - measured["hard_accuracy"]
+        True
     """
     sums = [eval_step(params, batch) for batch in evaluation_batches(recordings, min(batch_size, len(recordings.labels)))]
     total = {key: float(sum(each[key] for each in jax.device_get(sums))) for key in sums[0]}

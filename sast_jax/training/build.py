@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from sast_jax import data, networks
 from sast_jax.data.checks import check_parts
 from sast_jax.errors import refuse
-from sast_jax.sam import perturb_weights, sam
+from sast_jax.sharpness import perturb_weights, sam
 from sast_jax.spikes import Mode, mixed_spike_fn
 from sast_jax.theory.certified import cap_currents, keep_projected
 from sast_jax.theory.neuron import max_current

@@ -106,6 +106,7 @@ def train_many(
         UserError: As `train_and_evaluate`, but for a metric that is not finite.
         Interrupted: As `train_and_evaluate`, after the checkpoints of all runs that were being trained.
     """
+    configs = [config_lib.with_plain_values(config) for config in configs]
     results: dict[int, Result] = {}
 
     def done(index, result):

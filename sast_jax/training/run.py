@@ -14,7 +14,7 @@ import numpy as np
 
 from sast_jax import config as config_lib
 from sast_jax.data import Splits, sensor_size
-from sast_jax.errors import UserError, refuse
+from sast_jax.errors import UserError, refuse, warn
 from sast_jax.files import write_json
 from sast_jax.networks import Calibration, SpikingNetwork
 from sast_jax.spikes import Mode
@@ -155,14 +155,42 @@ class Run(NamedTuple):
         """Returns the logits `[B, K]` of event frames.
 
         Args:
-            frames: `[T, B, H, W, 2]` event counts; with `config.dataset.binary` they are cut to 0 and 1 here, as in training.
+            frames: `[T, B, H, W, 2]` event counts, time first, of the run's height and width; with `config.dataset.binary` they
+                are cut to 0 and 1 here, as in training. If B equals T, nothing tells the two axes apart: mind their order.
             mode: `surrogate`, `hard` or `straight_through`.
-            calibration: Thresholds and gains, as those that `sast-jax evaluate --suite=calibration` finds.
+            calibration: Thresholds and gains, as those that `sast-jax evaluate --suite=calibration` finds; `load_calibration`
+                of `sast_jax.evaluation.suites` reads them.
+
+        Raises:
+            ValueError: If frames have other axes or sizes than the run's, hold no recording, or are not finite. Another number of
+                time steps than the run's is taken, with a warning.
         """
+        _check_frames(frames, self.config.dataset)
         counts = jnp.asarray(frames, jnp.float32)
         if self.config.dataset.binary:
             counts = jnp.minimum(counts, 1.0)
         return _apply(self.network, self.params, counts, mode, calibration).logits
+
+
+def _check_frames(frames, dataset):
+    num_time_steps, place = dataset.num_time_steps, (*sensor_size(dataset.name, dataset.downsample), 2)
+    shape = jnp.shape(frames)
+    wanted = (
+        f"frames must be [T, B, H, W, 2], for this run [{num_time_steps}, B, {', '.join(map(str, place))}]; got {list(shape)}"
+    )
+    if len(shape) == 4 and shape[1:] == place:
+        raise ValueError(f"{wanted}. A single recording needs an axis of samples: frames[:, None]")
+    if len(shape) != 5 or shape[2:] != place:
+        raise ValueError(wanted)
+    if 0 in shape:
+        raise ValueError(f"{wanted}, which holds no recording")
+    if shape[0] != num_time_steps and shape[1] == num_time_steps:
+        raise ValueError(f"{wanted}. Time comes first: frames.swapaxes(0, 1)")
+    if shape[0] != num_time_steps:
+        warn(f"frames have {shape[0]} time steps; the run was trained with {num_time_steps} (dataset.num_time_steps)")
+    is_known = not isinstance(frames, jax.core.Tracer) and jnp.issubdtype(jnp.result_type(frames), jnp.inexact)
+    if is_known and not jnp.isfinite(frames).all():
+        raise ValueError("frames must be finite event counts; got NaN or infinity, of which hard spikes would make finite logits")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

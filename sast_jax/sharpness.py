@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sast_jax.ranges import check_range
+
 Adaptive = Literal["element", "filter"]
 
 ADAPTIVE: tuple[Adaptive, ...] = ("element", "filter")
@@ -72,7 +74,8 @@ def sam(
         gsam: Weight :math:`\alpha \ge 0` of GSAM (Zhuang et al. 2022): :math:`g - \alpha\, g'_\perp`, with
             :math:`g'_\perp` the part of :math:`g'` orthogonal to :math:`g`, lowers the gap between perturbed and plain loss.
         aux: If given, `grad_fn` returns `(gradient, aux)`, and the state keeps the aux of the last active update (as its
-            loss); this is an example of it, for its shapes and types, and its value before the first.
+            loss); this is an example of it, for its shapes and types, and its value before the first. `jax.value_and_grad`
+            returns the loss first: write `lambda params: jax.value_and_grad(loss)(params, batch)[::-1]` and `aux=0.0`.
 
     Returns:
         A transformation whose `update(perturbation_grads, state, params, grad_fn=...)` returns the gradient at the perturbed
@@ -81,7 +84,8 @@ def sam(
     Raises:
         ValueError: If a concrete `rho`, `reuse` or `gsam` is negative or not finite, or `adaptive` is unknown; at init or
             update if `params` or `grad_fn` is missing, or if `sam` stands where its result would be wrong: inside
-            `optax.masked`, `optax.multi_transform`, `optax.MultiSteps` or `optax.apply_if_finite`, or behind another link.
+            `optax.masked`, `optax.multi_transform`, `optax.MultiSteps` or `optax.apply_if_finite`, or behind another link;
+            if a gradient has not the structure and shapes of the weights, or the aux not those of its example.
 
     Example:
         >>> tx = optax.chain(sam(rho=0.1), optax.sgd(1.0))
@@ -100,8 +104,8 @@ def sam(
         Zhuang et al. Surrogate Gap Minimization Improves Sharpness-Aware Training. ICLR 2022, algorithm 1.
     """
     for name, value in (("rho", rho), ("reuse", reuse), ("gsam", gsam)):
-        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number >= 0; got {value!r}")
+        if value is not None and not callable(value):
+            check_range(name, value, "a finite number >= 0")
     if adaptive is not None and adaptive not in ADAPTIVE:
         raise ValueError(f"adaptive must be None or one of {', '.join(ADAPTIVE)}; got {adaptive!r}")
     if reuse is not None and active is None:
@@ -132,7 +136,8 @@ def sam(
         if grad_fn is None:
             raise ValueError(
                 "sam needs the gradient function of the descent batch: call update(perturbation_grads, state, params, "
-                "grad_fn=lambda params: jax.grad(loss)(params, descent_batch))"
+                "grad_fn=lambda params: jax.grad(loss)(params, descent_batch)). flax's TrainState.apply_gradients does not pass "
+                "grad_fn on: call state.tx.update and optax.apply_updates yourself"
             )
         _refuse_partial_tree(params)
         # `optax.chain` and `optax.named_chain` collect the states of the links before this one in a local of that name.
@@ -142,13 +147,17 @@ def sam(
                 "sam must be the first link of its chain: what comes before it would change the direction of the perturbation "
                 "and be lost for the descent; write chain(sam(...), add_decayed_weights(...), ...)"
             )
+        if not _is_gradient(updates, params):
+            raise ValueError(
+                f"perturbation_grads must be floating-point numbers shaped as the weights, {_describe(params)}; got "
+                f"{_describe(updates)}"
+            )
         climb = jax.tree.map(lambda g: g.astype(_wide(g)), updates)
 
         def perturb():
             radius = rho(state.count) if callable(rho) else rho
             point = perturb_weights(params, climb, radius, normalize=normalize, adaptive=adaptive, mask=mask)
-            output = _call(grad_fn, point)
-            descent, new_aux = output if aux is not None else (output, None)
+            descent, new_aux = _split_output(_call(grad_fn, point), params, state.aux)
             new_aux = jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state.aux, new_aux)
             wide = jax.tree.map(lambda g: g.astype(_wide(g)), descent)
             sharpness = _reject(wide, climb) if reuse is not None else None
@@ -241,6 +250,42 @@ def _call(grad_fn, params):
             "chain(sam(...), flatten(optimizer))."
         )
         raise
+
+
+def _split_output(output, params, aux):
+    """Returns gradient and aux of what `grad_fn` returned, checked: a loss would otherwise be broadcast to all weights."""
+    has_aux = aux is not None
+    if has_aux and not (isinstance(output, tuple) and len(output) == 2):
+        raise ValueError(f"grad_fn must return (gradient, aux), as sam was given aux; got {_describe(output)}")
+    gradient, new_aux = output if has_aux else (output, None)
+    if not _is_gradient(gradient, params):
+        raise ValueError(
+            f"grad_fn must return {'(gradient, aux) with a' if has_aux else 'a'} gradient, of floating-point numbers shaped as "
+            f"the weights, {_describe(params)}; got {_describe(output)}. jax.value_and_grad returns the loss first: take "
+            "jax.grad, or sam(aux=0.0) with grad_fn=lambda params: jax.value_and_grad(loss)(params, descent_batch)[::-1]"
+        )
+    old, new = jax.tree.leaves(aux), jax.tree.leaves(new_aux)
+    if jax.tree.structure(aux) != jax.tree.structure(new_aux) or [*map(jnp.shape, old)] != [*map(jnp.shape, new)]:
+        raise ValueError(f"grad_fn must return an aux shaped as that of sam(aux=...), {_describe(aux)}; got {_describe(new_aux)}")
+    if any(_is_inexact(y) and not _is_inexact(x) for x, y in zip(old, new, strict=True)):
+        raise ValueError(f"sam(aux=...) is {_describe(aux)}, which cannot hold {_describe(new_aux)}: write aux=0.0, not aux=0")
+    return gradient, new_aux
+
+
+def _is_gradient(tree, params):
+    return jax.tree.structure(tree) == jax.tree.structure(params) and all(
+        jnp.shape(g) == jnp.shape(w) and _is_inexact(g)
+        for g, w in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True)
+    )
+
+
+def _is_inexact(leaf):
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _describe(tree):
+    text = str(jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)).replace("'", "")
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 _WRONG_AROUND = {
