@@ -365,31 +365,29 @@ def compiled_here(monkeypatch):
 
 @needs_two_cores
 @pytest.mark.usefixtures("compiled_here")
-def test_processes_train_what_this_one_does_and_their_errors_reach_it(trained, tmp_path, capfd):
-    names = ("baseline", "sast")
+def test_processes_train_what_this_one_does_and_their_errors_reach_it(trained, pair, tmp_path, capfd):
     broken = shutil.copytree(trained.data, tmp_path / "data")
     (broken / "Train/3/00001.bin").write_bytes(b"1234567")
     damaged = trained.config().copy_and_resolve_references().unlock()
     damaged.dataset.root = str(broken)
     other = tmp_path / "of another config"
     write_json(other / "run.json", {"config": {}, "data": {}, "environment": {}})
-    reported = []
+    names, folders, reported = ("sast", "baseline"), (tmp_path / "new", pair / "baseline"), []  # One of them is finished.
     with Workers(2) as workers:
-        folders = [tmp_path / name for name in names]
         results = workers.train(
             [trained.config(name) for name in names], folders, titles=names, report=lambda *each: reported.append(each)
         )
         with pytest.raises(UserError, match=r"of another config/run\.json: is damaged"):
             workers.train([trained.config()], [other], titles=["a"])
         with pytest.raises(UserError, match=r"Train/3/00001.bin: size must be a positive multiple of 5 bytes"):
-            workers.train([damaged], [tmp_path / "new"], titles=["b"])
+            workers.train([damaged], [tmp_path / "damaged"], titles=["b"])
     for name, folder, result in zip(names, folders, results, strict=True):
         assert result == json.loads((folder / "results.json").read_text())
         straight = json.loads((trained.pair / name / "results.json").read_text())
         for key in ("config", "surrogate_loss", "hard_loss", "hard_accuracy", "transfer_gap", "validation"):
             assert result[key] == straight[key], key
-        assert result["environment"]["num_cores"] in map(len, share_cores(2))
-    assert sorted(reported) == list(enumerate(results))
+    assert results[0]["environment"]["num_cores"] in map(len, share_cores(2))
+    assert sorted(reported, key=lambda each: each[0]) == list(enumerate(results))
     assert "epoch" not in capfd.readouterr().err
 
 
