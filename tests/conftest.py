@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -51,6 +52,7 @@ def _compile_once(_shared):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     assert len(jax.devices()) == 1  # In use from here on, so that no command splits the CPU of this process.
+    gc.freeze()  # What is loaded by now stays, so no collection need look through it.
 
 
 @pytest.fixture

@@ -366,29 +366,56 @@ def compiled_here(monkeypatch):
 
 @needs_two_cores
 @pytest.mark.usefixtures("compiled_here")
-def test_sweep_of_two_processes_trains_what_this_one_does(trained, tmp_path, capfd):
-    path = tmp_path / "study.py"
-    path.write_text(
-        "import runpy\n"
-        "from sast_jax.experiments import METHODS, Study, change\n"
-        "def get_config(variant=''):\n"
-        "    return change(runpy.run_path('configs/nmnist.py')['get_config']('baseline'), variant)\n"
-        "def get_study():\n"
-        "    methods = {name: METHODS[name]._replace(grid={}, controls=()) for name in ('baseline', 'sast')}\n"
-        "    return Study(methods, seeds=(0, 1), selection_seeds=(100,))\n"
-    )
-    overrides = [*trained.fields, f"dataset.root={trained.data}"]
-    results = run_study(path, overrides, tmp_path / "run", processes=2)
-    for name in ("baseline", "sast"):
-        one = json.loads((trained.pair / name / "results.json").read_text())
-        other = json.loads((tmp_path / f"run/tested/{name}-seed0/results.json").read_text())
+def test_processes_train_what_this_one_does_and_their_errors_reach_it(trained, pair, tmp_path, capfd):
+    broken = shutil.copytree(trained.data, tmp_path / "data")
+    (broken / "Train/3/00001.bin").write_bytes(b"1234567")
+    damaged = trained.config().copy_and_resolve_references().unlock()
+    damaged.dataset.root = str(broken)
+    other = tmp_path / "of another config"
+    write_json(other / "run.json", {"config": {}, "data": {}, "environment": {}})
+    names, folders, reported = ("sast", "baseline"), (tmp_path / "new", pair / "baseline"), []  # One of them is finished.
+    with Workers(2) as workers:
+        results = workers.train(
+            [trained.config(name) for name in names], folders, titles=names, report=lambda *each: reported.append(each)
+        )
+        with pytest.raises(UserError, match=r"of another config/run\.json: is damaged"):
+            workers.train([trained.config()], [other], titles=["a"])
+        with pytest.raises(UserError, match=r"Train/3/00001.bin: size must be a positive multiple of 5 bytes"):
+            workers.train([damaged], [tmp_path / "damaged"], titles=["b"])
+    for name, folder, result in zip(names, folders, results, strict=True):
+        assert result == json.loads((folder / "results.json").read_text())
+        straight = json.loads((trained.pair / name / "results.json").read_text())
         for key in ("config", "surrogate_loss", "hard_loss", "hard_accuracy", "transfer_gap", "validation"):
-            assert one[key] == other[key], key
-        assert results["methods"][name]["hard"]["values"][0] == 100 * one["hard_accuracy"]
-    lines = capfd.readouterr().err.splitlines()
-    assert sum(line.startswith("sweep: ") for line in lines) == 4  # A line for each run,
-    assert not any("epoch" in line for line in lines)  # none for its epochs.
-    assert set(results["num_cores"]) <= set(map(len, share_cores(2)))
+            assert result[key] == straight[key], key
+    assert results[0]["environment"]["num_cores"] in map(len, share_cores(2))
+    assert sorted(reported, key=lambda each: each[0]) == list(enumerate(results))
+    assert "epoch" not in capfd.readouterr().err
+
+
+@needs_two_cores
+def test_sweep_gives_all_its_runs_to_its_processes(straight, study, tmp_path, monkeypatch, capsys):
+    trainer, numbers = Trainer(), []
+
+    class InThisProcess(contextlib.nullcontext):
+        """Stands in for `Workers`."""
+
+        def __init__(self, number):
+            super().__init__(self)
+            numbers.append(number)
+
+        def train(self, configs, workdirs, *, titles, report):
+            trainer(configs, workdirs, titles=titles, report=report)
+
+    monkeypatch.setattr("sast_jax.experiments.sweep.Workers", InThisProcess)
+    monkeypatch.setattr("sast_jax.experiments.sweep.load_data", lambda config: None)
+    refuse = Trainer(stop_at=0)
+    assert run_study(study(), [], tmp_path / "processes", processes=2, train=refuse) == straight.results
+    assert sorted(trainer.trained) == sorted(straight.trained)
+    assert numbers == [2]
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("sweep: ") for line in lines) == NUM_RUNS  # A line for each run.
+    again = run_study(study(), [], tmp_path / "processes", processes=2, train=refuse)  # Finished: no process is started.
+    assert (again, numbers) == (straight.results, [2])
 
 
 @pytest.mark.slow
@@ -481,21 +508,6 @@ def _is_alive(pid):
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
-
-
-@needs_two_cores
-def test_errors_of_a_process_are_those_of_the_run(tmp_path):
-    path, overrides = _tiny(tmp_path)
-    broken = tmp_path / "data/Train/3/00001.bin"
-    config = load_plan(path, overrides).config("baseline", {}, {"seed": 1})
-    folder = tmp_path / "of another config"
-    write_json(folder / "run.json", {"config": {}, "data": {}, "environment": {}})
-    broken.write_bytes(b"1234567")
-    with Workers(1) as workers:
-        with pytest.raises(UserError, match=r"of another config/run\.json: is damaged"):
-            workers.train([config], [folder], titles=["a"])
-        with pytest.raises(UserError, match=r"Train/3/00001.bin: size must be a positive multiple of 5 bytes"):
-            workers.train([config], [tmp_path / "new"], titles=["c"])
 
 
 def test_more_processes_than_cores_and_processes_together_are_refused(tmp_path):

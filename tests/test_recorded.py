@@ -436,7 +436,7 @@ def test_gestures_are_trained_on_and_the_run_says_what_was_skipped(small_gesture
     (small_gestures / "ibmGestureTrain" / "user01_led" / "3.npy").write_bytes(b"")
     overrides = ["num_time_steps=3", "downsample=8", "num_validation=5", "skip_bad=true", f"root={small_gestures}"]
     network = ["network.kind=mlp", "network.features=8", "batch_size=5", "num_epochs=1"]
-    config = load_configs("configs/dvs_gesture.py:small_sast", [*(f"dataset.{each}" for each in overrides), *network])[""]
+    config = load_configs("configs/dvs_gesture.py:small_baseline", [*(f"dataset.{each}" for each in overrides), *network])[""]
     results = train_and_evaluate(config, tmp_path / "run")
     assert results["num_test"] == 22
     assert results["num_train"] + results["num_validation"] == 21

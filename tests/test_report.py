@@ -392,17 +392,17 @@ def test_folder_that_is_no_run_and_damaged_files_are_refused(full, capsys, tmp_p
 
 def test_recording_is_shown_as_the_networks_see_it(pair):
     example = gather(pair).example
+    apply = jax.jit(lambda network, params, frames, mode: network.apply({"params": params}, frames, mode), static_argnums=(0, 3))
     for name in ("baseline", "sast"):
         run = load_run(pair / name)
         test = load_data(run.config).test
-        apply = jax.jit(run.network.apply, static_argnums=2)
         place = np.flatnonzero(test.ids == example.id)
         frames = take_batch(test, place).frames
         np.testing.assert_array_equal(example.frames, frames[:, 0])
         assert example.label == test.labels[place]
         for mode in ("surrogate", "hard"):
             np.testing.assert_allclose(example.logits[name][mode], run.predict(frames, mode)[0], atol=1e-5)
-            spikes = apply({"params": run.params}, frames.astype(np.float32), mode).spikes
+            spikes = apply(run.network, run.params, frames.astype(np.float32), mode).spikes
             for layer, expected in zip(example.layers[name], spikes, strict=True):
                 assert layer.num_neurons == expected.shape[-1]
                 assert {tuple(each) for each in layer.spikes[mode].T.round(5)} <= {

@@ -76,7 +76,7 @@ def emit(counts: np.ndarray, camera: Camera, rng: np.random.Generator) -> np.nda
     """
     num_steps, height, width = counts.shape
     duration = num_steps * camera.step
-    step, y, x = np.nonzero(counts)
+    step, y, x = np.unravel_index(np.flatnonzero(counts != 0), counts.shape)  # Many times as quick as `np.nonzero(counts)`.
     signed = counts[step, y, x]
     number = np.abs(signed).astype(np.int64)
     nth = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)

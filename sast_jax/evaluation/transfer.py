@@ -19,8 +19,9 @@ from sast_jax.networks import SpikingNetwork, as_output
 EvalStep = Callable[[Any, Batch], dict[str, jax.Array]]
 
 
+@functools.lru_cache(maxsize=16)
 def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
-    """Returns the jitted function `(params, batch) -> sums` over the samples of a batch.
+    """Returns the jitted function `(params, batch) -> sums` over the samples of a batch, the same one for equal arguments.
 
     The sums are `num_samples` and, for the modes `surrogate` and `hard`, `<mode>_correct` and `<mode>_loss` (cross-entropy).
     Masked samples count nothing, so a padded last batch biases nothing. Equal networks share a function, so the runs of a study
