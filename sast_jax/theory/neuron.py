@@ -58,17 +58,18 @@ def _bisect(is_before, low, high):
     return high
 
 
-def _sigma(potential, threshold, family, slope):
-    """Value and derivative of the surrogate."""
+@functools.partial(jax.jit, static_argnames="family")
+def surrogate(potential: Array, threshold: float, family: str, slope: float) -> tuple[jax.Array, jax.Array]:
+    """Returns value and derivative of the surrogate at potentials: one program for arrays of a shape."""
     x = potential - threshold
-    return np.asarray(FAMILIES[family].value(x, slope)), np.asarray(FAMILIES[family].derivative(x, slope))
+    return FAMILIES[family].value(x, slope), FAMILIES[family].derivative(x, slope)
 
 
 @in_float64
 def carry_over(potential: npt.ArrayLike, *, decay: float, threshold: float, reset: Reset, family: str, slope: float) -> Array:
     """Returns :math:`g(u)`, what a step keeps of the potential `u` of the step before."""
     potential = np.asarray(potential, float)
-    spikes, _ = _sigma(potential, threshold, family, slope)
+    spikes = np.asarray(surrogate(potential, threshold, family, slope)[0])
     return {
         "zero": decay * potential * (1 - spikes),
         "subtract": decay * potential - threshold * spikes,
@@ -86,7 +87,7 @@ def carry_over_slope(
     """
     potential = np.asarray(potential, float)
     finite = np.where(np.isfinite(potential), potential, 0)
-    spikes, derivative = _sigma(finite, threshold, family, slope)
+    spikes, derivative = map(np.asarray, surrogate(finite, threshold, family, slope))
     if reset == "zero":
         limit = np.where(potential > 0, 0, decay)
         return np.where(np.isfinite(potential), decay * (1 - spikes - finite * derivative), limit)
