@@ -15,6 +15,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -59,9 +60,9 @@ def _bisect(is_before, low, high):
 
 
 @functools.partial(jax.jit, static_argnames="family")
-def surrogate(potential: Array, threshold: float, family: str, slope: float) -> tuple[jax.Array, jax.Array]:
+def surrogate(potential: npt.ArrayLike, threshold: float, family: str, slope: float) -> tuple[jax.Array, jax.Array]:
     """Returns value and derivative of the surrogate at potentials: one program for arrays of a shape."""
-    x = potential - threshold
+    x = jnp.asarray(potential) - threshold
     return FAMILIES[family].value(x, slope), FAMILIES[family].derivative(x, slope)
 
 
