@@ -163,7 +163,7 @@ def test_adaptive_perturbation_is_that_of_the_paper(kind, normalize):
     assert_trees_close(perturbation(adaptive=kind, normalize=normalize), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_adaptive_perturbation_follows_the_weights_scale_and_the_plain_one_does_not():
+def test_only_an_adaptive_perturbation_follows_the_weights_scale():
     # Scaled weights with a loss that undoes the scale: the gradient shrinks by it, an adaptive perturbation grows by it.
     scaled, grads = jax.tree.map(lambda w: 10 * w, PARAMS), jax.tree.map(lambda g: g / 10, GRADS)
     assert_trees_close(
@@ -223,7 +223,7 @@ def test_reuse_is_the_step_of_looksam():
     np.testing.assert_allclose(flat(reused), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gsam_takes_off_the_part_of_the_plain_gradient_that_is_orthogonal_to_the_perturbed_one():
+def test_gsam_takes_off_what_is_orthogonal_to_the_perturbed_gradient():
     plain, perturbed = flat(gradient(PARAMS, draw(0))), flat(by_hand(PARAMS, draw(0), draw(0), 0.3))
     orthogonal = plain - plain @ perturbed / (perturbed @ perturbed) * perturbed
     updates, _ = update(sam(0.3, gsam=0.4), PARAMS, draw(0), draw(0))
@@ -275,7 +275,7 @@ def test_reuse_before_any_active_update_passes_the_gradient_through():
     assert_trees_close(updates, grads)
 
 
-def test_weights_move_in_bfloat16_where_the_radius_is_not_below_their_resolution():
+def test_weights_move_in_bfloat16_where_its_resolution_allows():
     params, grads = (jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree) for tree in (PARAMS, GRADS))
     moved, _ = sam(0.5).update(grads, sam(0.5).init(params), params, grad_fn=lambda p: jax.tree.map(jnp.subtract, p, params))
     np.testing.assert_allclose(moved["w"].astype(jnp.float32), perturbation()["w"], atol=0.01)

@@ -226,7 +226,7 @@ def test_rho_is_scheduled_through_inject_hyperparams():
         (lambda: optax.lookahead(optax.chain(sam(RHO), optax.sgd(0.1)), 2, 0.5), r"write chain\(sam\(...\), optimizer"),
     ],
 )
-def test_wrapper_that_would_be_wrong_is_refused_at_init_with_what_to_write(make, message):
+def test_wrapper_that_would_be_wrong_is_refused_at_init(make, message):
     with pytest.raises(ValueError, match=message):
         make().init(optax.LookaheadParams.init_synced(PARAMS) if "lookahead" in message or "optimizer" in message else PARAMS)
 
@@ -247,7 +247,7 @@ def test_link_before_sam_is_refused_with_what_to_write(tx):
         with_sam(tx, PARAMS, tx.init(PARAMS), 0)
 
 
-def test_function_that_inject_hyperparams_takes_for_a_schedule_is_refused_with_what_to_write():
+def test_function_that_inject_hyperparams_would_call_is_refused():
     def kernels(params):
         return jax.tree.map(lambda w: jnp.ndim(w) > 1, params)
 

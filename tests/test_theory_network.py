@@ -21,6 +21,7 @@ from sast_jax.theory.network import (
 )
 from sast_jax.theory.neuron import contraction_factor, max_current
 from tests.test_theory_neuron import COMBINATIONS, SIGMAS, step_map
+from tests.weights import random_params
 
 CONV = SpikingConvNet(num_classes=3, features=(3, 4), kernel_size=3, pool_size=2)
 MLP = SpikingMLP(num_classes=3, features=(6, 5))
@@ -32,14 +33,7 @@ def slow(*values):
 
 def init(network, shape, seed=0, scale=1.0):
     """Random weights and, unlike those at the start of training, random biases."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1, *shape)))["params"]
-
-    def draw(leaf):
-        deviation = network.init_gain / np.sqrt(max(1, np.prod(leaf.shape[:-1]))) if leaf.ndim > 1 else 0.2
-        return np.float32(scale * rng.normal(0, deviation, leaf.shape))
-
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(lambda leaf: np.float32(scale) * leaf, random_params(network, shape, seed=seed, bias=0.2))
 
 
 def as_matrices(network, params, shape):
@@ -242,7 +236,7 @@ def test_smoothness_bounds_refuse_a_negative_radius_and_unknown_layers():
         smoothness_bounds(MLP, params, np.zeros((2, 1, 2, 2, 1)), layers=("conv_0",))
 
 
-def test_bound_that_no_float_can_hold_is_infinite_and_reported_as_none():
+def test_bound_that_no_float_can_hold_is_reported_as_none():
     network = SpikingMLP(num_classes=3, features=(4,), slope=200.0)
     rng = np.random.default_rng(0)
     recordings = Recordings(rng.integers(0, 2, (4, 150, 2, 2, 1)).astype(np.uint8), np.arange(4) % 3, np.arange(4).astype(str))
