@@ -19,6 +19,7 @@ from sast_jax.evaluation.calibration import (
 )
 from sast_jax.evaluation.outputs import predict_logits, score
 from sast_jax.networks import Calibration
+from tests.weights import random_params
 
 NETWORK = SpikingConvNet(num_classes=3, features=(4, 5), kernel_size=3, order="layer_major", init_gain=3.0)
 START = Calibration((np.ones(4, np.float32), np.ones(5, np.float32)), (np.ones(4, np.float32), np.ones(5, np.float32)))
@@ -34,7 +35,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def params(samples):
-    return jax.jit(NETWORK.init)(jax.random.key(1), samples.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
+    return random_params(NETWORK, samples.frames.shape[2:], seed=1)
 
 
 @given(arrays(np.float64, (20, 3), elements=st.floats(0.01, 1.0)), st.integers(1, 20))

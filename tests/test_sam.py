@@ -15,6 +15,9 @@ def loss(params, batch):
     return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) - y) ** 2)
 
 
+gradient = jax.jit(jax.grad(loss))
+
+
 def draw(seed):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(5, 2)).astype(np.float32), rng.normal(size=(5, 2)).astype(np.float32)
@@ -22,17 +25,17 @@ def draw(seed):
 
 def by_hand(params, perturbation, descent, rho):
     """The published algorithm with NumPy's norm, leaf by leaf."""
-    grads = jax.grad(loss)(params, perturbation)
+    grads = gradient(params, perturbation)
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in grads.values()))
-    return jax.grad(loss)({k: params[k] + rho * grads[k] / norm for k in params}, descent)
+    return gradient({k: params[k] + rho * grads[k] / norm for k in params}, descent)
 
 
 def update(tx, params, perturbation, descent, state=None):
     return tx.update(
-        jax.grad(loss)(params, perturbation),
+        gradient(params, perturbation),
         tx.init(params) if state is None else state,
         params,
-        grad_fn=lambda p: jax.grad(loss)(p, descent),
+        grad_fn=lambda p: gradient(p, descent),
     )
 
 
@@ -59,7 +62,7 @@ def test_perturbation_has_norm_rho():
         seen["norm"] = optax.tree.norm(jax.tree.map(jnp.subtract, params, PARAMS))
         return params
 
-    sam(0.7).update(jax.grad(loss)(PARAMS, draw(0)), sam(0.7).init(PARAMS), PARAMS, grad_fn=grad_fn)
+    sam(0.7).update(gradient(PARAMS, draw(0)), sam(0.7).init(PARAMS), PARAMS, grad_fn=grad_fn)
     assert seen["norm"] == pytest.approx(0.7, rel=1e-5)
 
 
@@ -77,14 +80,14 @@ def test_zero_gradient_leaves_the_weights_where_they_are():
 
 
 def test_unnormalised_perturbation_is_rho_times_the_gradient():
-    grads = jax.grad(loss)(PARAMS, draw(0))
+    grads = gradient(PARAMS, draw(0))
     updates, _ = sam(0.3, normalize=False).update(grads, sam(0.3).init(PARAMS), PARAMS, grad_fn=lambda p: p)
     assert_trees_close(updates, jax.tree.map(lambda w, g: w + 0.3 * g, PARAMS, grads), rtol=1e-6)
 
 
 def test_radius_zero_is_the_base_optimizer():
     base = optax.adam(0.1)
-    plain, _ = base.update(jax.grad(loss)(PARAMS, draw(1)), base.init(PARAMS), PARAMS)
+    plain, _ = base.update(gradient(PARAMS, draw(1)), base.init(PARAMS), PARAMS)
     updates, _ = update(optax.chain(sam(0.0), base), PARAMS, draw(0), draw(1))
     assert_trees_close(updates, plain, rtol=1e-6)
 
@@ -115,9 +118,7 @@ def test_dtype_is_kept_and_the_second_call_does_not_compile():
 
 def test_other_links_of_a_chain_see_their_own_arguments():
     tx = optax.chain(sam(0.1), optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=0.5, patience=0, cooldown=0))
-    updates, _ = tx.update(
-        jax.grad(loss)(PARAMS, draw(0)), tx.init(PARAMS), PARAMS, grad_fn=lambda p: jax.grad(loss)(p, draw(1)), value=1.0
-    )
+    updates, _ = tx.update(gradient(PARAMS, draw(0)), tx.init(PARAMS), PARAMS, grad_fn=lambda p: gradient(p, draw(1)), value=1.0)
     assert np.isfinite(updates["w"]).all()
 
 
@@ -162,7 +163,7 @@ def test_adaptive_perturbation_is_that_of_the_paper(kind, normalize):
     assert_trees_close(perturbation(adaptive=kind, normalize=normalize), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_adaptive_perturbation_follows_the_weights_scale_and_the_plain_one_does_not():
+def test_only_an_adaptive_perturbation_follows_the_weights_scale():
     # Scaled weights with a loss that undoes the scale: the gradient shrinks by it, an adaptive perturbation grows by it.
     scaled, grads = jax.tree.map(lambda w: 10 * w, PARAMS), jax.tree.map(lambda g: g / 10, GRADS)
     assert_trees_close(
@@ -192,11 +193,11 @@ def test_inactive_update_passes_the_gradient_through_at_the_cost_of_none(jit):
 
     def grad_fn(params):
         jax.debug.callback(lambda: calls.append(1))
-        return jax.grad(loss)(params, draw(1))
+        return gradient(params, draw(1))
 
     tx = sam(0.3, active=lambda count: count % 3 == 0)
     state = tx.init(PARAMS)
-    grads = jax.grad(loss)(PARAMS, draw(0))
+    grads = gradient(PARAMS, draw(0))
     step = (lambda f: jax.jit(f) if jit else f)(lambda state: tx.update(grads, state, PARAMS, grad_fn=grad_fn))
     for count in range(7):
         updates, state = step(state)
@@ -214,16 +215,16 @@ def test_reuse_is_the_step_of_looksam():
     tx = sam(0.3, active=lambda count: count == 0, reuse=0.7)
     state = tx.init(PARAMS)
     sharp, state = update(tx, PARAMS, draw(0), draw(0), state)
-    plain = jax.grad(loss)(PARAMS, draw(0))
+    plain = gradient(PARAMS, draw(0))
     orthogonal = flat(sharp) - flat(sharp) @ flat(plain) / (flat(plain) @ flat(plain)) * flat(plain)
-    later = jax.grad(loss)(PARAMS, draw(2))
+    later = gradient(PARAMS, draw(2))
     reused, _ = update(tx, PARAMS, draw(2), draw(3), state)
     expected = flat(later) + 0.7 * np.linalg.norm(flat(later)) / np.linalg.norm(orthogonal) * orthogonal
     np.testing.assert_allclose(flat(reused), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gsam_takes_off_the_part_of_the_plain_gradient_that_is_orthogonal_to_the_perturbed_one():
-    plain, perturbed = flat(jax.grad(loss)(PARAMS, draw(0))), flat(by_hand(PARAMS, draw(0), draw(0), 0.3))
+def test_gsam_takes_off_what_is_orthogonal_to_the_perturbed_gradient():
+    plain, perturbed = flat(gradient(PARAMS, draw(0))), flat(by_hand(PARAMS, draw(0), draw(0), 0.3))
     orthogonal = plain - plain @ perturbed / (perturbed @ perturbed) * perturbed
     updates, _ = update(sam(0.3, gsam=0.4), PARAMS, draw(0), draw(0))
     np.testing.assert_allclose(flat(updates), perturbed - 0.4 * orthogonal, rtol=1e-4, atol=1e-6)
@@ -245,7 +246,7 @@ def test_loss_of_the_descent_batch_is_kept_without_another_evaluation(parts):
         return optax.apply_updates(params, updates), state, value
 
     params, state, _ = step(PARAMS, tx.init(PARAMS))
-    grads = jax.grad(loss)(PARAMS, draw(0))
+    grads = gradient(PARAMS, draw(0))
     direction = perturbation(grads, rho=0.3, **{k: v for k, v in parts.items() if k == "adaptive"})
     expected = loss(jax.tree.map(jnp.add, PARAMS, direction), draw(1))
     assert float(optax.tree.get(state, "aux")["loss"]) == pytest.approx(float(expected), rel=1e-5)
@@ -274,7 +275,7 @@ def test_reuse_before_any_active_update_passes_the_gradient_through():
     assert_trees_close(updates, grads)
 
 
-def test_weights_move_in_bfloat16_where_the_radius_is_not_below_their_resolution():
+def test_weights_move_in_bfloat16_where_its_resolution_allows():
     params, grads = (jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree) for tree in (PARAMS, GRADS))
     moved, _ = sam(0.5).update(grads, sam(0.5).init(params), params, grad_fn=lambda p: jax.tree.map(jnp.subtract, p, params))
     np.testing.assert_allclose(moved["w"].astype(jnp.float32), perturbation()["w"], atol=0.01)

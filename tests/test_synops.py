@@ -1,12 +1,12 @@
 import itertools
 
-import jax
 import numpy as np
 import pytest
 
 from sast_jax import SpikingConvNet, SpikingMLP
 from sast_jax.data import Batch, Recordings
 from sast_jax.evaluation.synops import count, evaluate_synops
+from tests.weights import random_params
 
 
 def as_batch(frames, padding=0):
@@ -14,7 +14,7 @@ def as_batch(frames, padding=0):
     return Batch(frames, np.zeros(frames.shape[1], np.int32), mask)
 
 
-def test_example_of_neurobench_has_four_effective_and_nine_dense_operations():
+def test_example_of_neurobench_has_four_effective_operations_of_nine():
     weights = np.array([[1.3, 0, -3.2], [0, 1.2, -5.1], [-1.1, 2.7, 0]], np.float32)
     params = {"readout": {"kernel": weights.T, "bias": np.ones(3, np.float32)}}
     frames = np.array([0, 1, 1], np.uint8).reshape(1, 1, 1, 3, 1)
@@ -85,7 +85,7 @@ def test_counts_equal_a_walk_over_every_event_and_weight(kernel_size):
 
 def test_event_counts_in_frames_need_multiplications(recordings):
     net = SpikingMLP(num_classes=3, features=(4,))
-    params = jax.jit(net.init)(jax.random.key(0), recordings.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
+    params = random_params(net, recordings.frames.shape[2:])
     layers = [
         evaluate_synops(net, params, recordings._replace(frames=frames))["layers"]["dense_0"]
         for frames in (recordings.frames, np.minimum(recordings.frames, 1))
@@ -98,7 +98,7 @@ def test_event_counts_in_frames_need_multiplications(recordings):
 
 def test_counts_do_not_depend_on_the_batches(recordings, monkeypatch):
     net = SpikingConvNet(num_classes=3, features=(2,), kernel_size=3)
-    params = jax.jit(net.init)(jax.random.key(0), recordings.frames[:1].swapaxes(0, 1).astype(np.float32))["params"]
+    params = random_params(net, recordings.frames.shape[2:])
     whole = evaluate_synops(net, params, recordings)
     monkeypatch.setattr("sast_jax.evaluation.synops.BATCH_SIZE", 3)
     assert evaluate_synops(net, params, Recordings(*recordings)) == whole

@@ -70,7 +70,7 @@ def test_contraction_factor_is_the_supremum_over_a_fine_grid(family, reset):
     [("logistic", k, v) for k, v in ((4, 1.0025), (5, 1.0009), (6, 1.16), (8, 1.62), (10, 2.10), (25, 5.79))]
     + [("arctan", k, v) for k, v in ((2, 1.0), (4, 1.55), (5, 2.04), (8, 3.53), (10, 4.52))],
 )
-def test_contraction_factor_at_threshold_1_and_decay_1_is_that_of_the_derivation_page(family, slope, expected):
+def test_contraction_factor_is_that_of_the_derivation_page(family, slope, expected):
     factor = contraction_factor(decay=1.0, threshold=1.0, reset="zero", family=family, slope=float(slope))
     assert factor == pytest.approx(expected, abs=5e-3 if expected > 1.1 else 5e-5)
 
@@ -91,7 +91,7 @@ def test_closed_forms_of_the_contraction_factor():
 
 
 @pytest.mark.parametrize(("family", "reset"), COMBINATIONS)
-def test_random_neurons_stay_in_bounds_and_approach_each_other_by_the_contraction_factor(family, reset):
+def test_random_neurons_stay_in_bounds_and_approach_each_other(family, reset):
     rng, neurons = random_neurons(1)
     num_time_steps = 12
     centre, spread = rng.normal(0, 1.5, NUM_RANDOM), rng.exponential(1.0, NUM_RANDOM)

@@ -67,7 +67,7 @@ def sgd(rng, matrix, offsets, start, *, num_steps, learning_rate, rho, batch_siz
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5])
-def test_sgd_with_independent_batches_stays_below_the_convergence_bound_on_random_problems(rho):
+def test_sgd_stays_below_the_convergence_bound_on_random_problems(rho):
     rng = np.random.default_rng(2)
     ratios = []
     for _ in range(40):
@@ -119,7 +119,7 @@ def test_input_gradients_are_bounded_by_weight_gradients():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is dead")  # Capped currents do not reach the threshold here.
-def test_theory_of_a_certified_run_is_a_table_and_json_and_says_that_it_contracts(train, capsys, tmp_path):  # noqa: F811
+def test_theory_of_a_certified_run_says_that_it_contracts(train, capsys, tmp_path):  # noqa: F811
     certified = ["--config.certified.margin=0.05", "--config.network.slope=10", "--config.sam.rho=0.05"]
     assert train(*certified, config="configs/nmnist.py:sast") == 0
     capsys.readouterr()

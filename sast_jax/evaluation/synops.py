@@ -118,10 +118,14 @@ def _activity(network, frames, spikes, mask):
 def _fan_out(network, params, index, is_counted, shape):
     """Number of counted weights of a layer that each of its inputs meets: the transpose of the layer applied to ones."""
     name = network.layer_names[index]
-    weights = {"params": {**params, name: {**params[name], "kernel": is_counted.astype(np.float32)}}}
+    weights = {"params": {name: {**params[name], "kernel": is_counted.astype(np.float32)}}}
+    return np.asarray(_transposed_ones(network, weights, index, shape), np.int64)
 
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _transposed_ones(network, weights, index, shape):
     def current(x):
         return network.apply(weights, x, method=lambda module, x: module.synapses[index](x))
 
     output, transpose = jax.vjp(current, jnp.zeros((1, *shape)))
-    return np.asarray(transpose(jnp.ones_like(output))[0][0], np.int64)
+    return transpose(jnp.ones_like(output))[0][0]

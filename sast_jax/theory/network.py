@@ -79,7 +79,7 @@ def _magnitudes(params):
 
 
 def _wide(params):
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
 
 
 def _readout_gain(decay, num_time_steps):
@@ -117,30 +117,28 @@ def layer_bounds(
         ValueError: If a range is empty.
     """
     params = _wide(params)
-    low, high = jnp.asarray(frame_low, jnp.float64), jnp.asarray(frame_high, jnp.float64)
-    if not jnp.all(low <= high):
+    low, high = np.asarray(frame_low, float), np.asarray(frame_high, float)
+    if not np.all(low <= high):
         raise ValueError("frame_low must be at most frame_high")
     neuron = neuron_parameters(network)
-    magnitudes = _magnitudes(params)
-    change, bounds = jnp.ones_like(low), []
+    change, bounds = np.ones_like(low), []
     for index, name in enumerate(network.layer_names):
-        synapse, magnitude = _synapse(network, params, index), _synapse(network, magnitudes, index)
-        centre, radius = synapse((low + high)[None] / 2)[0], magnitude((high - low)[None] / 2)[0]
-        rows, change = magnitude(jnp.ones_like(low)[None])[0], magnitude(change[None])[0]
-        norm_2, norm_2_estimate = map(float, _norms_2(network, index, low.shape, params))
+        current_low, current_high, rows, change, norm_2, norm_2_estimate = map(
+            np.asarray, _current_bounds(network, index, params, low, high, change)
+        )
         potential_low = potential_high = spikes = contraction = reachable = None
         if index < network.num_spiking:
-            potential_low, potential_high = neuron_lib.reachable_potentials(
-                centre - radius, centre + radius, num_time_steps, **neuron
-            )
+            potential_low, potential_high = neuron_lib.reachable_potentials(current_low, current_high, num_time_steps, **neuron)
             contraction = float(neuron_lib.contraction_factor(**neuron))
             factors = neuron_lib.contraction_factor(**neuron, low=potential_low, high=potential_high)
             reachable = float(factors.max())
-            family, steepest = FAMILIES[network.family], np.clip(network.threshold, potential_low, potential_high)
-            derivative = np.asarray(family.derivative(steepest - network.threshold, network.slope))
-            scale = derivative * time_gain(factors, num_time_steps)
-            low, high = (family.value(u - network.threshold, network.slope) for u in (potential_low, potential_high))
-            spikes = np.asarray(low), np.asarray(high)
+            steepest = np.clip(network.threshold, potential_low, potential_high)
+            at_steepest, at_low, at_high = (
+                neuron_lib.surrogate(u, network.threshold, network.family, network.slope)
+                for u in (steepest, potential_low, potential_high)
+            )
+            scale = np.asarray(at_steepest[1]) * time_gain(factors, num_time_steps)
+            low, high = spikes = np.asarray(at_low[0]), np.asarray(at_high[0])
             if index == len(network.layer_names) - 1:
                 scale = scale * num_time_steps  # A rate readout counts the spikes.
         else:
@@ -150,22 +148,30 @@ def layer_bounds(
             LayerBounds(
                 name=name,
                 norm_inf=float(rows.max()),
-                norm_2=norm_2,
-                norm_2_estimate=norm_2_estimate,
+                norm_2=float(norm_2),
+                norm_2_estimate=float(norm_2_estimate),
                 contraction=contraction,
                 contraction_reachable=reachable,
                 potential_low=potential_low,
                 potential_high=potential_high,
                 spikes=spikes,
                 gain=float((scale * rows).max()),
-                gain_2=float(np.max(scale)) * norm_2,
+                gain_2=float(np.max(scale) * norm_2),
                 lipschitz=float(change.max()),
             )
         )
     return bounds
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _current_bounds(network, index, params, low, high, change):
+    """Of a layer's currents: lowest, highest, largest change per change of inputs by 1 and by `change`; `_norms_2`."""
+    synapse, magnitude = _synapse(network, params, index), _synapse(network, _magnitudes(params), index)
+    centre = synapse((low + high)[None] / 2)[0]
+    radius, rows, change = magnitude(jnp.stack([(high - low) / 2, jnp.ones_like(low), change]))
+    return centre - radius, centre + radius, rows, change, *_norms_2(network, index, low.shape, params)
+
+
 def _norms_2(network, index, shape, params):
     """A certified upper bound and an estimate from below of the Euclidean norm of a synapse."""
 
@@ -223,10 +229,10 @@ def measured_gain(function: Callable[[jax.Array], jax.Array], x: jax.Array, *, n
         num_rounds: Rounds of the power method.
         seed: Seed of the first signs.
     """
-    first = jnp.sign(jax.random.normal(jax.random.key(seed), x.shape))
 
     @jax.jit
-    def run(x, signs):
+    def run(x):
+        signs = jnp.sign(jax.random.normal(jax.random.key(seed), x.shape))
         output, transpose = jax.vjp(function, x)
         for _ in range(num_rounds):
             # A difference, as convolutions have no forward derivative; it only chooses the output.
@@ -238,7 +244,7 @@ def measured_gain(function: Callable[[jax.Array], jax.Array], x: jax.Array, *, n
         size = jnp.sum(jnp.abs(gradient), axis=(0, *range(2, x.ndim)))
         return jnp.max(size)
 
-    return float(run(x, first))
+    return float(run(x))
 
 
 class SmoothnessBounds(NamedTuple):
@@ -282,39 +288,47 @@ def smoothness_bounds(
     unknown = set(layers) - set(network.layer_names)
     if unknown:
         raise ValueError(f"layers must be of {', '.join(network.layer_names)}; got {', '.join(sorted(unknown))}")
-    params, x = _wide(params), jnp.asarray(frames, jnp.float64)
+    params, x = _wide(params), np.asarray(frames, np.float64)
     num_time_steps = x.shape[0]
     neuron, family = neuron_parameters(network), FAMILIES[network.family]
     steep, bend = family.max_derivative(network.slope), family.max_second_derivative(network.slope)
     curl = neuron_lib.max_second_derivative(**neuron)
     gain = float(time_gain(neuron_lib.contraction_factor(**neuron), num_time_steps))
-    ones = jax.tree.map(jnp.ones_like, params)
-    no_bias = {name: {**each, "bias": jnp.zeros_like(each["bias"])} for name, each in ones.items()}
+    ones = jax.tree.map(np.ones_like, params)
     first = second = 0.0
-    squares = jnp.square(x).reshape(-1, *x.shape[2:])
+    squares = np.square(x).reshape(-1, *x.shape[2:])
     for index, name in enumerate(network.layer_names):
+        patch, column, norm, squares = _derivative_bounds(network, index, params, ones, squares)
         is_trained = not layers or name in layers
-        shape = squares.shape[1:]
-        # Sums over the places of a kernel, for one channel: all are equal.
-        patches = _synapse(network, ones, index)(squares)
-        weight_norm = math.sqrt(float(patches.mean(-1).reshape(len(squares), -1).sum(-1).max())) if is_trained else 0.0
-        one_channel = _synapse(network, no_bias, index)
-        columns = jax.grad(lambda v, f=one_channel: f(v).mean(-1).sum())(jnp.zeros((1, *shape)))
-        both = math.sqrt(float(columns.max())) if is_trained else 0.0
-        norm = float(_norms_2(network, index, shape, params)[0]) + both * radius
+        weight_norm, both = (math.sqrt(float(each)) if is_trained else 0.0 for each in (patch, column))
+        norm = float(norm) + both * radius
         current_first, current_second = weight_norm + norm * first, 2 * both * first + norm * second
         if index < network.num_spiking:
             state_first = gain * current_first
             square = state_first * state_first  # A power would raise where a product overflows.
             state_second = gain * (curl * square + current_second)
             first, second = steep * state_first, steep * state_second + bend * square
-            squares = jnp.ones((1, *patches.shape[1:]))
             scale = num_time_steps if index == len(network.layer_names) - 1 else 1
         else:
             first, second, scale = current_first, current_second, _readout_gain(network.readout_decay, num_time_steps)
     first, second = scale * first, scale * second
     bounds = math.sqrt(2) * first, first * first / 2 + math.sqrt(2) * second
     return SmoothnessBounds(*(math.inf if math.isnan(bound) else bound for bound in bounds))  # NaN: 0 times infinity.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _derivative_bounds(network, index, params, ones, squares):
+    """The squares of R and C of `smoothness_bounds`, the norm of the synapse, and the squares of the largest spikes.
+
+    `ones` are weights of 1. They are an argument because XLA's sum of a convolution with a constant kernel is wrong: it is that
+    of one channel (jaxlib 0.10.2).
+    """
+    # Sums over the places of a kernel, for one channel: all are equal.
+    patches = _synapse(network, ones, index)(squares)
+    no_bias = _synapse(network, _magnitudes(ones), index)
+    columns = jax.grad(lambda v: no_bias(v).mean(-1).sum())(jnp.zeros_like(squares[:1]))
+    patch = patches.mean(-1).reshape(len(squares), -1).sum(-1).max()
+    return patch, columns.max(), _norms_2(network, index, squares.shape[1:], params)[0], jnp.ones_like(patches[:1])
 
 
 class Certificate(NamedTuple):

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -96,17 +97,18 @@ def _bisect(is_before, low, high):
     return high
 
 
-def _sigma(potential, threshold, family, slope):
-    """Value and derivative of the surrogate."""
-    x = potential - threshold
-    return np.asarray(FAMILIES[family].value(x, slope)), np.asarray(FAMILIES[family].derivative(x, slope))
+@functools.partial(jax.jit, static_argnames="family")
+def surrogate(potential: npt.ArrayLike, threshold: float, family: str, slope: float) -> tuple[jax.Array, jax.Array]:
+    """Returns value and derivative of the surrogate at potentials: one program for arrays of a shape."""
+    x = jnp.asarray(potential) - threshold
+    return FAMILIES[family].value(x, slope), FAMILIES[family].derivative(x, slope)
 
 
 @in_float64
 def carry_over(potential: npt.ArrayLike, *, decay: float, threshold: float, reset: Reset, family: str, slope: float) -> Array:
     """Returns :math:`g(u)`, what a step keeps of the potential `u` of the step before."""
     potential = np.asarray(potential, float)
-    spikes, _ = _sigma(potential, threshold, family, slope)
+    spikes = np.asarray(surrogate(potential, threshold, family, slope)[0])
     return {
         "zero": decay * potential * (1 - spikes),
         "subtract": decay * potential - threshold * spikes,
@@ -124,7 +126,7 @@ def carry_over_slope(
     """
     potential = np.asarray(potential, float)
     finite = np.where(np.isfinite(potential), potential, 0)
-    spikes, derivative = _sigma(finite, threshold, family, slope)
+    spikes, derivative = map(np.asarray, surrogate(finite, threshold, family, slope))
     if reset == "zero":
         limit = np.where(potential > 0, 0, decay)
         return np.where(np.isfinite(potential), decay * (1 - spikes - finite * derivative), limit)
