@@ -52,7 +52,6 @@ def _compile_once(_shared):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     assert len(jax.devices()) == 1  # In use from here on, so that no command splits the CPU of this process.
-    gc.freeze()  # What is loaded by now stays, so no collection need look through it.
 
 
 @pytest.fixture
@@ -236,6 +235,7 @@ def trained(_written_nmnist, tmp_path_factory):
     overrides = [f"--config.{field}" for field in [*fields, f"dataset.root={_written_nmnist}"]]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert main(["train", "--config=configs/nmnist.py", f"--workdir={folder}", *overrides]) == 0, err.getvalue()
+    gc.freeze()  # What is loaded by now stays, so no collection need look through it.
     return Trained(folder, _written_nmnist, fields, out.getvalue(), err.getvalue())
 
 

@@ -77,7 +77,7 @@ def test_train_prints_accuracies_and_gaps_and_evaluate_finds_them_again(trained,
     assert evaluation["transfer"]["hard_accuracy"] == runs["sast"]["hard_accuracy"]
 
 
-def test_finished_runs_are_reported_again_though_their_recordings_are_gone(trained, train_pair, pair, capsys, tmp_path):
+def test_finished_runs_are_reported_again_though_recordings_are_gone(trained, train_pair, pair, capsys, tmp_path):
     assert "epoch" in trained.err
     assert train_pair() == 0
     again = capsys.readouterr()
@@ -312,7 +312,7 @@ def test_process_exits_with_the_status_of_its_command(status):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_process_that_was_interrupted_goes_on_and_can_be_interrupted_again(number, small_nmnist, tmp_path):
+def test_interrupted_process_exits_130_goes_on_and_does_so_again(number, small_nmnist, tmp_path):
     arguments = [*TINY[:-1], "--config.num_epochs=400", f"--config.dataset.root={small_nmnist}", f"--workdir={tmp_path / 'run'}"]
     command = [sys.executable, "-m", "sast_jax", "train", "--config=configs/nmnist.py:sast", *arguments]
     first, last = (interrupt_at_the_second_epoch(command, number) for _ in range(2))

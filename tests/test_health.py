@@ -34,6 +34,12 @@ def test_training_that_works_has_no_symptoms(trained):
     assert "warning" not in trained.err
 
 
+@pytest.mark.slow
+def test_longer_training_that_works_has_no_symptoms(tiny, tmp_path):
+    train_and_evaluate(tiny("sast"), tmp_path)  # Warnings are errors.
+    assert all(find_symptoms(line) == {} for line in read_metrics(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("metrics", "name", "message"),
     [
