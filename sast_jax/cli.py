@@ -15,6 +15,7 @@ from typing import Any
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.compilation import keep_compiled
 from sast_jax.errors import Interrupted, UserError, refuse, show_warning
+from sast_jax.files import local_path
 from sast_jax.text import align
 
 EXIT_USER_ERROR = 2
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 130 interrupted."""
     args, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
+        for name in ("workdir", "output"):
+            if (path := getattr(args, name, None)) is not None:
+                setattr(args, name, local_path(path, f"--{name}"))
         import sast_jax.public  # noqa: F401
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -60,7 +64,7 @@ def _parse(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train the run or runs of a config, or go on with them", allow_abbrev=False)
     train.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, as configs/digits.py:sast")
-    train.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the run, made if missing")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, made if missing")
     train.add_argument(
         "--hosts",
         metavar="ADDRESS",
@@ -68,7 +72,7 @@ def _parse(argv):
     )
     train.epilog = "Any field can be set: --config.section.key=VALUE, as --config.sam.rho=0.1"
     evaluate = commands.add_parser("evaluate", help="evaluate a trained run on its test part", allow_abbrev=False)
-    evaluate.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
+    evaluate.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run, or of a pair")
     evaluate.add_argument(
         "--suite",
         default="transfer",
@@ -77,24 +81,22 @@ def _parse(argv):
     )
     evaluate.epilog = "Where the recordings lie now can be set: --config.dataset.root=FOLDER"
     theory = commands.add_parser("theory", help="compare the theory's bounds with a trained run", allow_abbrev=False)
-    theory.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
+    theory.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run, or of a pair")
     theory.epilog = evaluate.epilog
     data = commands.add_parser("data", help="prepare, describe or draw the data set of a config", allow_abbrev=False)
     data.add_argument(
         "action", choices=("prepare", "info", "view"), help="fill the cache; print counts and rates; draw a recording"
     )
     data.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file, as configs/nmnist.py")
-    data.add_argument("--workdir", metavar="DIR", type=Path, help="where data.json (info) or the picture (view, else here) goes")
+    data.add_argument("--workdir", metavar="DIR", help="where data.json (info) or the picture (view, else here) goes")
     data.add_argument("--recording", metavar="ID", default="", help="view: which one, as Train/3/00042; else the first")
     data.add_argument("--format", choices=("png", "gif"), default="png", help="view: strip of frames, or animation")
     export = commands.add_parser("export", help="write a trained run as a NIR graph", allow_abbrev=False)
-    export.add_argument(
-        "--workdir", required=True, metavar="DIR", type=Path, help="folder of a run; of a pair, its last is taken"
-    )
-    export.add_argument("--output", required=True, metavar="FILE", type=Path, help="file to write, as net.nir")
+    export.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run; of a pair, its last is taken")
+    export.add_argument("--output", required=True, metavar="FILE", help="file to write, as net.nir")
     sweep = commands.add_parser("sweep", help="train, select and compare the methods of a study, or go on", allow_abbrev=False)
-    sweep.add_argument("--config", required=True, metavar="FILE", type=Path, help="study, as configs/study_digits.py")
-    sweep.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the study, made if missing")
+    sweep.add_argument("--config", required=True, metavar="FILE", help="study, as configs/study_digits.py")
+    sweep.add_argument("--workdir", required=True, metavar="DIR", help="folder of the study, made if missing")
     sweep.add_argument(
         "--together",
         metavar="N",
@@ -111,7 +113,7 @@ def _parse(argv):
     sweep.epilog = "Any field can be set for all methods: --config.section.key=VALUE; one that is selected is then fixed"
     export.add_argument("--calibration", metavar="METHOD", help="with what this method of the suite calibration found, or chosen")
     report = commands.add_parser("report", help="show all that is known of a run in one HTML file", allow_abbrev=False)
-    report.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
+    report.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run, or of a pair")
     report.epilog = evaluate.epilog
     rest, overrides = _split_overrides(argv)
     return parser.parse_args(rest), overrides

@@ -3,6 +3,7 @@
 import os
 import warnings
 
+from sast_jax.errors import UserError
 from sast_jax.files import cache_dir
 
 _SETTINGS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -22,10 +23,10 @@ def keep_compiled() -> bool:
     """
     if any(name in os.environ for name in _OWN):
         return False
-    folder = cache_dir() / "compiled"
     try:
+        folder = cache_dir() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, UserError):  # Without a home folder there is no cache; who needs one says so.
         return False
     if not os.access(folder, os.W_OK):
         return False

@@ -137,7 +137,7 @@ def test_full_disk_while_a_checkpoint_is_written_is_a_message_and_the_run_goes_o
     def full_from_the_third_on(self, state, **meta):
         if state.step < 9:
             return save(self, state, **meta)
-        self._manager.wait_until_finished()
+        self.wait()
         with full_disk(4096):
             save(self, state, **meta)
             self.close()
@@ -242,7 +242,7 @@ def test_damaged_checkpoint_is_not_destroyed_and_the_one_before_it_serves_when_i
     damaged = run / "checkpoints" / "6"
     damage_of("cut off", max((damaged / "state").rglob("d/*"), key=lambda path: path.stat().st_size))
     before = snapshot(run)
-    with pytest.raises(UserError, match="remove that folder to go on from the one before it"):
+    with pytest.raises(UserError, match="move that folder elsewhere to use the one before it, of step 3"):
         go_on(run, trained[1])
     (run / "results.json").write_bytes(before[run / "results.json"])
     assert snapshot(run) == before

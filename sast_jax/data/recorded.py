@@ -18,6 +18,7 @@ from sast_jax.data import decoders
 from sast_jax.data.cache import Recordings
 from sast_jax.data.events import NUM_POLARITIES, bin_events
 from sast_jax.errors import UserError
+from sast_jax.files import local_path
 
 NMNIST_SENSOR_SIZE = (34, 34)
 NMNIST_DURATION = 310_000
@@ -189,7 +190,7 @@ def find_recordings(name: str, root: str, *, download: bool) -> Path:
             f"dataset.root: the folder of the {collection.title} recordings is not set; give --config.dataset.root=FOLDER, and "
             "--config.dataset.download=true if they have yet to be downloaded there"
         )
-    base = Path(os.path.expanduser(root or str(data)))
+    base = local_path(root or str(data), "dataset.root")
     candidates = [base, *(base / name for name in collection.folders)]
     if download and not any(map(collection.is_there, candidates)):
         _download(collection, base)

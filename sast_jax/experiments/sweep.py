@@ -18,7 +18,7 @@ from sast_jax.experiments.board import Board
 from sast_jax.experiments.comparison import compare
 from sast_jax.experiments.plan import load_plan
 from sast_jax.experiments.study import BASELINE
-from sast_jax.files import only_process, write_json
+from sast_jax.files import local_path, only_process, write_json
 from sast_jax.training import train_many
 from sast_jax.training.build import costs_a_gradient, load_data
 from sast_jax.training.processes import Workers, share_cores
@@ -61,6 +61,7 @@ def run_study(
         UserError: If the study is wrong, the folder belongs to another one, or a tested run fails.
         Interrupted: On SIGINT or SIGTERM; the same call goes on.
     """
+    path, workdir = local_path(path, "--config"), local_path(workdir, "--workdir")
     plan = load_plan(path, overrides)
     _refuse_other(workdir)
     if processes > 1:
