@@ -256,7 +256,7 @@ def _report(args, overrides):
     path = args.workdir / "report.html"
     page = render(gather(args.workdir, overrides))
     with atomic_write(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="backslashreplace"))  # A path may not be text.
     print(path)
 
 
@@ -304,8 +304,9 @@ def entry_point() -> None:
     status = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # All is on disk; what is left is leaving.
-    if status == EXIT_INTERRUPTED:  # A library that was interrupted may crash while the interpreter ends in order.
+    if status:  # A library that was interrupted may crash, or complain, while the interpreter ends in order.
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

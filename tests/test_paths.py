@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import stat
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +20,11 @@ from sast_jax import load_run
 from sast_jax.cli import main
 from sast_jax.compilation import keep_compiled
 from sast_jax.config import load_configs, to_json
+from sast_jax.data.cache import Recordings, load_or_build
 from sast_jax.errors import UserError
 from sast_jax.files import append_line, atomic_write, cache_dir, local_path, only_process, write_json
 from sast_jax.training import train_and_evaluate
+from sast_jax.training.build import load_data
 from sast_jax.training.checkpoints import Checkpoints, latest_step, restore
 from sast_jax.training.state import TrainState
 from tests.conftest import TINY, assert_trees_equal, write_small_nmnist
@@ -352,3 +358,94 @@ def test_error_of_the_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"other\.txt"), atomic_write(tmp_path / "results.json"):
         (tmp_path / "other.txt").read_bytes()
     assert not any(tmp_path.iterdir())
+
+
+def test_half_written_cache_of_a_killed_command_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAST_JAX_CACHE", str(tmp_path))
+    recordings = Recordings(np.zeros((1, 1, 1, 1, 2), np.uint8), np.zeros(1, np.int32), np.array(["a"]))
+    load_or_build({"name": "digits", "a": 1}, lambda: recordings)
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / ".nmnist-0123456789abcdef.npz.k3x_9abc").write_bytes(bytes(1000))
+    (tmp_path / ".nmnist.npz.notes").write_text("mine")
+    load_or_build({"name": "digits", "a": 1}, lambda: 1 / 0)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / ".nmnist.npz.notes"])
+
+
+@pytest.fixture
+def limit():
+    """Returns a function that sets the soft limit of a resource until the test ends."""
+    before = {}
+
+    def set_limit(which, number):
+        before.setdefault(which, resource.getrlimit(which))
+        resource.setrlimit(which, (number, before[which][1]))
+
+    yield set_limit
+    for which, limits in before.items():
+        resource.setrlimit(which, limits)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("which", ["full disk", "moved"])
+def test_checkpoint_that_cannot_be_written_is_one_message_that_says_what_to_do(tmp_path, limit, capfd, which):
+    save(tmp_path / "warm", 1)  # Loads what opens files of its own.
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(state_at(3), seconds=1.0)
+    checkpoints.wait()
+    if which == "full disk":
+        limit(resource.RLIMIT_FSIZE, 300)
+        message = r"File too large.*earlier ones are kept. Allow larger files"
+    else:
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        (tmp_path / "run").write_text("in the way")
+        message = r"Not a directory"
+
+    def save_and_wait():
+        checkpoints.save(state_at(6), seconds=2.0)
+        checkpoints.wait()
+
+    with pytest.raises(UserError, match=f"a checkpoint could not be written to .*{message}"):
+        save_and_wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+    checkpoints.close()
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    assert_trees_equal(restore(tmp_path / ("elsewhere" if which == "moved" else "run"), state_at(0))[0], state_at(3))
+
+
+def test_recordings_and_folders_that_are_not_utf_8_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAST_JAX_CACHE", str(tmp_path / NOT_UTF_8 / "cache"))
+    root = write_small_nmnist(tmp_path / NOT_UTF_8 / "data")
+    for part in ("Train", "Test"):
+        (root / part / "3" / "00000.bin").rename(root / part / "3" / f"{NOT_UTF_8}.bin")
+    config = load_configs("configs/nmnist.py:baseline", [*TINY, f"dataset.root={root}"])[""]
+    splits = load_data(config, corruption=("drop", 1))
+    assert f"Test/3/{NOT_UTF_8}" in splits.test.ids
+    assert load_data(config).describe()["checksum"] == load_data(config).describe()["checksum"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ("-n 10", r"\(OSError: \[Errno 24\] Too many open files.*\); earlier ones are kept. Allow more open files"),
+        (
+            "-n 16",
+            r"\(Too many open files\); earlier ones are kept. Allow more open files \(ulimit -n 4096\), and the same command",
+        ),
+        ("-f 60", r"\(File too large\); earlier ones are kept. Allow larger files \(ulimit -f unlimited\), and the same command"),
+    ],
+)
+def test_command_that_cannot_save_ends_with_one_message(tmp_path, resources, message):
+    root = write_small_nmnist(tmp_path / "data")
+    fields = [f"--config.{field}" for field in [*TINY, f"dataset.root={root}", "num_epochs=2", "checkpoint_every_epochs=1"]]
+    command = [sys.executable, "-m", "sast_jax", "train", "--config=configs/nmnist.py:sast", f"--workdir={tmp_path / 'run'}"]
+    subprocess.run([*command[:3], "data", "prepare", command[4], *fields], check=True, capture_output=True)
+    limited = ["bash", "-c", f'ulimit {resources}; exec "$@"', "bash", *command, *fields]
+    ended = subprocess.run(limited, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2, ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if not line.startswith("run: ")]
+    assert len(errors) == 1, ended.stderr
+    assert re.search(f"^sast-jax: error: --workdir: a checkpoint could not be written to .* {message}", errors[0])
+    again = subprocess.run([*command, *fields], capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr

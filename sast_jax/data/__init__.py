@@ -261,7 +261,9 @@ def _corrupt_part(source, indices, corruption, seed):
         for i, (name, events) in enumerate(zip(part.ids, source.read(indices), strict=True)):
             binning = {**source.binning, "duration": source.binning["duration"] or int(events["t"][-1]) + 1}
             scene = {"sensor_size": binning["sensor_size"], "duration": binning["duration"]}
-            frames[i] = bin_events(corrupt(events, *corruption, (seed, zlib.crc32(name.encode())), **scene), **binning)
+            frames[i] = bin_events(
+                corrupt(events, *corruption, (seed, zlib.crc32(name.encode(errors="surrogateescape"))), **scene), **binning
+            )
         return part._replace(frames=frames)
 
     own = {"corruption": corruption, "corruption_seed": seed, "ids": part.checksum()}

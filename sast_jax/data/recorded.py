@@ -253,7 +253,9 @@ def describe_recordings(name: str, folder: Path) -> dict[str, Any]:
     files = COLLECTIONS[name].list_files(folder)
     for file in files:
         stat = file.stat()
-        digest.update(f"{file.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(
+            f"{file.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape")
+        )
     return {"num_files": len(files), "files": digest.hexdigest()}
 
 

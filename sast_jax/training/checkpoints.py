@@ -1,6 +1,8 @@
 """States on disk."""
 
+import asyncio
 import contextlib
+import errno
 import gc
 import hashlib
 import logging
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,18 +61,14 @@ class Checkpoints:
         self._after_save: threading.Thread | None = None
         self._error: Exception | None = None
         self._is_proven = False
-        with contextlib.ExitStack() as opening, self._writable():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if is_first_host():
-                _remove_unfinished(self._folder)
-                with tempfile.TemporaryFile(dir=self._folder) as file:
-                    file.write(bytes(4096))
-                    file.flush()
-                    os.fsync(file.fileno())
+        with contextlib.ExitStack() as opening:
             opening.enter_context(_Quiet())
-            self._safe_folder = opening.enter_context(_plain_path(self._folder))
+            self._write(lambda: _try_to_write(self._folder))
+            self._safe_folder = self._write(lambda: opening.enter_context(_plain_path(self._folder)))
             # Not a manager of checkpoints, which would take every folder with a number for its own.
-            self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            # Folders are made at once, or threads would wait for minutes for one that could not be made.
+            options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            self._writer = self._write(lambda: ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options))
             self._open = opening.pop_all()
 
     def save(self, state: TrainState, *, seconds: float) -> None:
@@ -87,8 +86,7 @@ class Checkpoints:
         checksum = _checksum(state)
         meta = {"seconds": seconds, "checksum": checksum, "step": step, **self._identity}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state.__dict__), meta=ocp.args.JsonSave(meta))
-        with self._writable():
-            self._writer.save(self._safe_folder / str(step), args=items)
+        self._write(lambda: self._writer.save(self._safe_folder / str(step), args=items))
         arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), state.__dict__)  # Takes no memory yet.
         self._after_save = threading.Thread(target=self._settle, args=(step, arrays, checksum), name="after_save")
         self._after_save.start()
@@ -105,19 +103,25 @@ class Checkpoints:
             UserError: If it could not be written, or the first one could not be read back.
         """
         with self._open:
-            self.wait()
-            with self._writable():
-                self._writer.close()
+            try:
+                self.wait()
+            finally:
+                self._write(self._writer.close)
+                if is_first_host():
+                    with contextlib.suppress(OSError):
+                        _remove_unfinished(self._folder)
 
     def wait(self) -> None:
         """Waits for the last save to be on disk; as `close`, but more may be saved."""
         if self._after_save is not None:
             self._after_save.join()
             self._after_save = None
+        self._write(self._raise_error)
+
+    def _raise_error(self):
         error, self._error = self._error, None
         if error is not None:
-            with self._writable():
-                raise error
+            raise error
 
     def _settle(self, step, arrays, checksum):
         try:
@@ -146,29 +150,41 @@ class Checkpoints:
             )
         self._is_proven = True
 
-    @contextlib.contextmanager
-    def _writable(self):
+    def _write(self, write):
         try:
-            yield
+            return write()
         except UserError:
             raise
         except Exception as error:  # A full disk surfaces as whatever the writing library raises.
-            reason = _reason(error)
-            advice = next((advice for text, advice in _ADVICE.items() if text in reason), _ADVICE[""])
-            raise UserError(
-                f"--workdir: a checkpoint could not be written to {str(self._folder)!r} ({reason}); earlier ones are kept. "
-                f"{advice}, and the same command goes on from the last one"
-            ) from error
+            reason, number = _reason(error), _errno(error)
+        _collect_abandoned()
+        advice = _ADVICE.get(number, "make room, or give the folder back its permissions").capitalize()
+        raise UserError(
+            f"--workdir: a checkpoint could not be written to {str(self._folder)!r} ({reason}); earlier ones are kept. {advice}, "
+            "and the same command goes on from the last one"
+        )
+
+
+def _try_to_write(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_first_host():
+        _remove_unfinished(folder)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 _ADVICE = {
-    "ermission denied": "Give the folder back its permissions",
-    "ead-only": "Make the disk writable",
-    "oo many open files": "Allow more open files (ulimit -n 4096)",
-    "o such file": "Move the folder back if it was moved",
-    "o space left": "Make room",
-    "uota exceeded": "Make room",
-    "": "Make room, or give the folder back its permissions",
+    errno.EACCES: "give the folder back its permissions",
+    errno.EPERM: "give the folder back its permissions",
+    errno.EROFS: "make the disk writable",
+    errno.EMFILE: "allow more open files (ulimit -n 4096)",
+    errno.ENFILE: "close other programs, which have too many files open",
+    errno.ENOENT: "move the folder back if it was moved",
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room, as the quota of the disk is used up",
+    errno.EFBIG: "allow larger files (ulimit -f unlimited)",
 }
 
 
@@ -401,15 +417,34 @@ def _read(path, advice, read):
     try:
         return read()
     except Exception as error:  # Damaged files surface as whatever their decoder raises.
-        reason = _reason(error)
-    # When one array is damaged, orbax abandons the readers of the others, which report it each in its own way.
-    time.sleep(0.1)
-    gc.collect()
+        reason, number = _reason(error), _errno(error)
+    _collect_abandoned()
+    if number in _ADVICE and number != errno.ENOENT:  # Nothing is wrong with the files themselves.
+        advice = _ADVICE[number]
     raise UserError(f"--workdir: the checkpoint {str(path)!r} cannot be read ({reason}); {advice}")
 
 
+def _errno(error):
+    """Number of the system's error behind what a library raises, or `None`."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='([0-9]+)'", str(error))
+    return int(found[1]) if found else None
+
+
 def _reason(error):
+    number = _errno(error)
+    if number and not isinstance(error, OSError):
+        return os.strerror(number)
     return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+
+
+def _collect_abandoned():
+    """Lets what orbax abandons after an error, readers and writers of other arrays, end now and in silence."""
+    with _Quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        time.sleep(0.1)
+        gc.collect()
 
 
 class _Quiet:
@@ -442,8 +477,7 @@ class _Quiet:
         before = getattr(module, name)
 
         def hook(what):
-            is_late = isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"
-            if not (is_late or _passes_orbax(what.exc_traceback)):
+            if not (_passes_orbax(what.exc_traceback) or _is_of_loop(what.exc_traceback)):
                 before(what)
 
         setattr(module, name, hook)
@@ -456,6 +490,11 @@ def _passes_orbax(traceback):
             return True
         traceback = traceback.tb_next
     return False
+
+
+def _is_of_loop(traceback):
+    """Whether an error is of an event loop itself: of one that was closed, or could not be opened."""
+    return traceback is not None and traceback.tb_frame.f_code.co_filename == asyncio.base_events.__file__
 
 
 def _is_orbax(filename):
