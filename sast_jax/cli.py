@@ -18,6 +18,7 @@ from sast_jax import __version__
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.compilation import keep_compiled
 from sast_jax.errors import Interrupted, UserError, refuse, show_warning
+from sast_jax.files import local_path
 from sast_jax.text import Output, align, printable, printable_lines
 
 EXIT_USER_ERROR = 2
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 2 a mistake of the user's, 130 interrupted."""
     args, overrides = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
+        for name in ("workdir", "output"):
+            if (path := getattr(args, name, None)) is not None:
+                setattr(args, name, local_path(path, f"--{name}"))
         import sast_jax.public  # noqa: F401
 
         for number in _SIGNALS:
@@ -81,7 +85,7 @@ def _parse(argv):
     train.add_argument(
         "--config", required=True, metavar="NAME[:VARIANT]", help="a shipped config or a file: digits:sast, mine.py"
     )
-    train.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the run, made if missing")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, made if missing")
     train.add_argument(
         "--hosts",
         metavar="ADDRESS",
@@ -89,7 +93,7 @@ def _parse(argv):
     )
     train.epilog = "Any field can be set: --config.section.key=VALUE, as --config.sam.rho=0.1"
     evaluate = commands.add_parser("evaluate", help="evaluate a trained run on its test part", allow_abbrev=False)
-    evaluate.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
+    evaluate.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run, or of a pair")
     evaluate.add_argument(
         "--suite",
         default="transfer",
@@ -98,24 +102,22 @@ def _parse(argv):
     )
     evaluate.epilog = "Where the recordings lie now can be set: --config.dataset.root=FOLDER"
     theory = commands.add_parser("theory", help="compare the theory's bounds with a trained run", allow_abbrev=False)
-    theory.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
+    theory.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run, or of a pair")
     theory.epilog = evaluate.epilog
     data = commands.add_parser("data", help="prepare, describe or draw the data set of a config", allow_abbrev=False)
     data.add_argument(
         "action", choices=("prepare", "info", "view"), help="fill the cache; print counts and rates; draw a recording"
     )
     data.add_argument("--config", required=True, metavar="NAME[:VARIANT]", help="a shipped config or a file: nmnist, mine.py")
-    data.add_argument("--workdir", metavar="DIR", type=Path, help="where data.json (info) or the picture (view, else here) goes")
+    data.add_argument("--workdir", metavar="DIR", help="where data.json (info) or the picture (view, else here) goes")
     data.add_argument("--recording", metavar="ID", default="", help="view: which one, as Train/3/00042; else the first")
     data.add_argument("--format", choices=("png", "gif"), default="png", help="view: strip of frames, or animation")
     export = commands.add_parser("export", help="write a trained run as a NIR graph", allow_abbrev=False)
-    export.add_argument(
-        "--workdir", required=True, metavar="DIR", type=Path, help="folder of a run; of a pair, its last is taken"
-    )
-    export.add_argument("--output", required=True, metavar="FILE", type=Path, help="file to write, as net.nir")
+    export.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run; of a pair, its last is taken")
+    export.add_argument("--output", required=True, metavar="FILE", help="file to write, as net.nir")
     sweep = commands.add_parser("sweep", help="train, select and compare the methods of a study, or go on", allow_abbrev=False)
-    sweep.add_argument("--config", required=True, metavar="NAME", type=Path, help="a shipped study or a file: study_digits")
-    sweep.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of the study, made if missing")
+    sweep.add_argument("--config", required=True, metavar="NAME", help="a shipped study or a file: study_digits")
+    sweep.add_argument("--workdir", required=True, metavar="DIR", help="folder of the study, made if missing")
     sweep.add_argument(
         "--together",
         metavar="N",
@@ -132,7 +134,7 @@ def _parse(argv):
     sweep.epilog = "Any field can be set for all methods: --config.section.key=VALUE; one that is selected is then fixed"
     export.add_argument("--calibration", metavar="METHOD", help="with what this method of the suite calibration found, or chosen")
     report = commands.add_parser("report", help="show all that is known of a run in one HTML file", allow_abbrev=False)
-    report.add_argument("--workdir", required=True, metavar="DIR", type=Path, help="folder of a run, or of a pair")
+    report.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run, or of a pair")
     report.epilog = evaluate.epilog
     rest, overrides = _split_overrides(argv)
     return parser.parse_args(rest), overrides
@@ -335,8 +337,9 @@ def entry_point() -> None:
     status = main()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # All is on disk; what is left is leaving.
-    sys.stdout.flush()
-    if status == EXIT_INTERRUPTED:  # A library that was interrupted may crash while the interpreter ends in order.
+    if status:  # A library that was interrupted may crash, or complain, while the interpreter ends in order.
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 

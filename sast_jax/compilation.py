@@ -7,7 +7,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-from sast_jax.errors import warn
+from sast_jax.errors import UserError, warn
 from sast_jax.files import cache_dir
 
 _SETTINGS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -29,13 +29,13 @@ def keep_compiled() -> bool:
     """
     if any(name in os.environ for name in _OWN):
         return False
-    folder = cache_dir() / "compiled"
     try:
+        folder = cache_dir() / "compiled"
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         if not _make_private(folder):
             return False
-    except OSError:
+    except (OSError, UserError):  # Without a home folder there is no cache; who needs one says so.
         return False
     if not os.access(folder, os.W_OK):
         return False

@@ -14,7 +14,7 @@ import numpy as np
 from sast_jax import data, networks
 from sast_jax.data import recorded
 from sast_jax.errors import UserError, refuse, warn
-from sast_jax.files import read_json
+from sast_jax.files import local_path, read_json
 from sast_jax.neurons import RESETS
 from sast_jax.sharpness import ADAPTIVE, ASCENTS
 from sast_jax.spikes import FAMILIES
@@ -177,6 +177,7 @@ def load_configs(spec: str, overrides: Sequence[str] = (), *, with_data: bool = 
     Raises:
         UserError: Listing every problem.
     """
+    spec = str(local_path(spec, "--config"))
     path, _, variant = spec.rpartition(":") if not Path(spec).exists() and ":" in spec else (spec, "", "")
     get_config = _load_get_config(find_config_file(path))
     base, variants = _call(get_config, variant, path)
@@ -332,11 +333,36 @@ def _plain(value):
 
 def with_defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Sets the fields that a config leaves out and may leave out, and returns it."""
-    present = flatten(config)
     for key, field in SCHEMA.items():
-        if field.default is not None and key not in present and key.partition(".")[0] not in present:
+        if field.default is not None and _is_left_out(config, key):
             set_field(config, key, field.default)
     return config
+
+
+def _is_left_out(config, key):
+    """Whether a field, or its whole section, is not there; not if something else stands in its place."""
+    for part in key.split("."):
+        if not isinstance(config, ml_collections.ConfigDict):
+            return False
+        if part not in config:
+            return True
+        config = config[part]
+    return False
+
+
+def is_default(key: str, value: Any) -> bool:
+    """Whether a field may be left out and has its default, which a JSON value stands for."""
+    default = SCHEMA[key].default if key in SCHEMA else None
+    return default is not None and value == (list(default) if isinstance(default, tuple) else default)
+
+
+def _find_objects(config, section=""):
+    """What is no value but holds fields, by its path, and how many."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict | dict):
+            found |= {f"{section}{key}": len(value)} | _find_objects(value, f"{section}{key}.")
+    return found
 
 
 def apply_overrides(
@@ -406,10 +432,15 @@ def find_unused(config: ml_collections.ConfigDict) -> set[str]:
 
 def find_problems(config: ml_collections.ConfigDict, *, with_data: bool = True) -> list[str]:
     """Returns all that is wrong with a config, a line each; `with_data` also looks whether its data folder is there."""
-    flat = flatten(config)
-    problems = [_unknown(key) for key in flat if key not in SCHEMA]
+    flat, objects = flatten(config), _find_objects(config)
+    misplaced = tuple(f"{key}." for key in objects if key in SCHEMA)
+    sections = {key.rpartition(".")[0] for key in SCHEMA}
+    names = [*flat, *(key for key, size in objects.items() if not size and key not in sections)]
+    problems = [_unknown(key) for key in names if key not in SCHEMA and not key.startswith(misplaced)]
     for key, field in SCHEMA.items():
-        if key not in flat:
+        if key in objects:
+            problems.append(f"{key}: must be {field.allowed}; got an object of fields")
+        elif key not in flat:
             problems.append(f"{key}: is missing; it must be {field.allowed}")
         elif not _fits(field, flat[key]):
             problems.append(f"{key}: must be {field.allowed}; got {flat[key]!r}")

@@ -276,7 +276,7 @@ sum_windows.defvjp(_sum_windows_fwd, _sum_windows_bwd)
 
 
 class Convolution(nn.Module):
-    """`convolution` with a bias; weights as in `flax.linen.Conv`.
+    """`convolution` with a bias; weights as in `flax.linen.Conv`, in float32.
 
     Attributes:
         features: Number of output channels F.
@@ -296,8 +296,8 @@ class Convolution(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Applies it to `[B, H, W, C]`."""
         shape = self.kernel_size, self.kernel_size, images.shape[-1], self.features
-        kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
         output = (convolution if self.derivative_rule == "vjp" else _convolve_same)(images, kernel)
         repeat = _apart(lambda bias: jnp.tile(bias, output.shape[-2]))

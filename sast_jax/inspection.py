@@ -128,7 +128,7 @@ def draw_recording(path: Path, recording: str = "", **dataset: Any) -> str:
             page.paste(Image.fromarray(tile), (gap + column * (width + gap), margin + row * (height + gap)))
         pages.append(page)
     animation = {} if is_strip else {"save_all": True, "append_images": pages[1:], "loop": 0, "duration": milliseconds or 100}
-    with atomic_write(path) as file:
+    with atomic_write(path, follow=True) as file:
         pages[0].save(file, format=path.suffix[1:], **animation)
     return caption
 

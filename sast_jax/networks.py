@@ -13,6 +13,7 @@ from sast_jax.devices import to_pool
 from sast_jax.errors import UserError
 from sast_jax.neurons import Reset, check_neuron, lif, lif_init, readout_weights, spikes_and_remaining
 from sast_jax.pallas import are_fast, lif_pallas
+from sast_jax.randomness import make_key
 from sast_jax.ranges import check_range
 from sast_jax.spikes import DERIVATIVE_RULES, DerivativeRule, Mode, SpikeFn, spike_fn
 
@@ -217,7 +218,8 @@ class SpikingNetwork(nn.Module):
     def dense(self, name: str, size: int) -> nn.Module:
         """Returns the dense weights of a layer; a leaky readout's, whose input is a sum over time, stay in float32."""
         is_sum = self.readout == "leaky" and name == self.layer_names[-1]
-        return nn.Dense(size, dtype=None if is_sum else self.product_dtype, kernel_init=self.kernel_init, name=name)
+        dtype = None if is_sum else self.product_dtype
+        return nn.Dense(size, dtype=dtype, param_dtype=jnp.float32, kernel_init=self.kernel_init, name=name)
 
     @property
     def kernel_init(self) -> nn.initializers.Initializer:
@@ -308,7 +310,7 @@ class SpikingNetwork(nn.Module):
 
     def _shapes(self, frames):
         """Returns shape and dtype of what `_currents` does. A network of its own shows them."""
-        network, key = self.clone(parent=None, name=None), jax.random.key(0)
+        network, key = self.clone(parent=None, name=None), make_key(0)
         shapes, _ = jax.eval_shape(functools.partial(network.init_with_output, method="_currents"), key, frames[0])
         return shapes
 

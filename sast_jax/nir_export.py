@@ -146,7 +146,7 @@ def write_nir_graph(path: Path, graph: "nir.NIRGraph") -> None:
     """Writes a graph as an HDF5 file that `nir.read` reads, whole or not at all."""
     buffer = io.BytesIO()
     _import_nir().write(buffer, graph)
-    with atomic_write(path) as file:
+    with atomic_write(path, follow=True) as file:
         file.write(buffer.getvalue())
 
 

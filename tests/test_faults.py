@@ -122,7 +122,7 @@ def test_run_that_met_a_full_disk_goes_on_bit_for_bit(trained, config, tmp_path,
     def full_from_the_second_on(self, state, **meta):
         if state.step < 6:
             return save(self, state, **meta)
-        self._manager.wait_until_finished()
+        self.wait()
         with full_disk(4096):
             save(self, state, **meta)
             self.close()
@@ -226,7 +226,7 @@ def test_damaged_checkpoint_is_kept_and_the_one_before_it_serves(config, run):
     damaged = run / "checkpoints" / "6"
     damage_of("cut off", max((damaged / "state").rglob("d/*"), key=lambda path: path.stat().st_size))
     before = snapshot(run)
-    with pytest.raises(UserError, match="remove that folder to go on from the one before it"):
+    with pytest.raises(UserError, match="move that folder elsewhere to use the one before it, of step 3"):
         go_on(run, config)
     (run / "results.json").write_bytes(before[run / "results.json"])
     assert snapshot(run) == before

@@ -1,10 +1,8 @@
 """Event data sets as binned, split and cached arrays."""
 
 import hashlib
-import os
 import zlib
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +28,7 @@ from sast_jax.data.images import load_mnist
 from sast_jax.data.loading import Prefetch, make_take
 from sast_jax.data.splits import split, take_fold
 from sast_jax.errors import UserError, refuse
+from sast_jax.files import local_path
 
 __all__ = [
     "BATCH_SPECS",
@@ -300,7 +299,7 @@ def _digits(binning, seed):
 
 
 def _mnist(binning, seed, folder, image_range):
-    parts = {part: load_mnist(Path(os.path.expanduser(folder)), part) for part in ("train", "t10k")}
+    parts = {part: load_mnist(local_path(folder, "dataset.images"), part) for part in ("train", "t10k")}
     first, end = image_range or (0, len(parts["train"].labels))
     if end > len(parts["train"].labels):
         raise UserError(f"dataset.image_range: there are {len(parts['train'].labels)} training images in {folder!r}; got {end}")

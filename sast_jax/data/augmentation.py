@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sast_jax.data.batches import Batch
+from sast_jax.randomness import make_key
 
 
 def make_augment(
@@ -35,7 +36,7 @@ def make_augment(
         return None
 
     def augment(batch, step, stream):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
+        key = jax.random.fold_in(jax.random.fold_in(make_key(seed), stream), step)
         jitter_key, shift_key = jax.random.split(key)
         frames = batch.frames
         if time_jitter or drop:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sast_jax.errors import UserError
-from sast_jax.files import atomic_write, cache_dir, check_regular
+from sast_jax.files import atomic_write, cache_dir, check_regular, remove_leftovers
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def load_or_build(description: dict[str, Any], build: Callable[[], Recordings]) 
     """
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir() / f"{description['name']}-{key}.npz"
+    remove_leftovers(path.parent, r".+\.npz")
     cached = _load(path)
     if cached is None:
         cached = build()

@@ -18,7 +18,7 @@ from sast_jax.data import decoders
 from sast_jax.data.cache import Recordings
 from sast_jax.data.events import NUM_POLARITIES, count_events, find_time_problems, measure_times
 from sast_jax.errors import UserError
-from sast_jax.files import is_side_file
+from sast_jax.files import is_side_file, local_path
 from sast_jax.text import printable
 
 NMNIST_SENSOR_SIZE = (34, 34)
@@ -241,7 +241,7 @@ def find_recordings(name: str, root: str, *, download: bool) -> Path:
             f"dataset.root: the folder of the {collection.title} recordings is not set; give --config.dataset.root=FOLDER, and "
             "--config.dataset.download=true if they have yet to be downloaded there"
         )
-    base = Path(os.path.expanduser(root or str(data)))
+    base = local_path(root or str(data), "dataset.root")
     candidates = [base, *(base / name for name in collection.folders)]
     with _naming(base):
         if download and not any(map(collection.is_there, candidates)):

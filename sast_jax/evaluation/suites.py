@@ -1,5 +1,7 @@
 """Evaluation of runs on disk: `evaluation.json`, suite by suite."""
 
+import functools
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from sast_jax.evaluation.quantization import evaluate_quantization
 from sast_jax.evaluation.robustness import evaluate_robustness
 from sast_jax.evaluation.synops import evaluate_synops
 from sast_jax.evaluation.transfer import analyze_transfer, make_eval_step
-from sast_jax.files import write_json
+from sast_jax.files import local_path, refuse_irregular, update_json
 from sast_jax.networks import Calibration
 from sast_jax.training.build import load_data
 from sast_jax.training.records import EVALUATION, read_record
@@ -112,8 +114,8 @@ def load_calibration(run: Run, method: str) -> Calibration:
     Raises:
         UserError: If the suite has not been evaluated, or has no such method.
     """
-    written = read_record(run.workdir / EVALUATION)
-    if written is None or written.get("step") != run.step or "calibration" not in written:
+    written = _written(run, _own(run))
+    if "calibration" not in written:
         command = f"sast-jax evaluate --suite=calibration --workdir={run.workdir}"
         raise UserError(f"--calibration: the run has none at its step {run.step}; first {command}")
     methods, chosen = written["calibration"]["methods"], written["calibration"]["chosen"]
@@ -134,6 +136,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a run and writes each suite's result to its `evaluation.json`, beside those that are there.
 
+    Several processes may evaluate a run at once; none takes away what another has written meanwhile.
+
     Args:
         workdir: Folder of the run.
         suites: Names from `SUITES`.
@@ -146,11 +150,10 @@ def evaluate_run(
     Raises:
         UserError: If the folder is no run, the recordings are missing or others, or a result is not finite.
     """
+    workdir = local_path(workdir, "--workdir")
     run, config, splits = load_run_and_data(workdir, overrides)
-    path = workdir / EVALUATION
-    written = read_record(path)
-    if written is None or written.get("step") != run.step:
-        written = {"step": run.step}  # Nothing yet, or of other weights.
+    refuse_irregular(workdir / EVALUATION)
+    own = _own(run)
     start = time.monotonic()
     results = {}
     for number, name in enumerate(suites, 1):
@@ -162,12 +165,31 @@ def evaluate_run(
         announce()
         subject = Subject(run, splits, lambda *corruption: load_data(config, corruption).test, announce)
         results[name] = SUITES[name](subject)
-        written[name] = results[name]
         try:
-            write_json(path, written)
+            update_json(workdir / EVALUATION, functools.partial(_merge, run, own, {name: results[name]}))
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"{name}: a result of {str(workdir)!r} at step {run.step} is not finite; train it again") from error
     return results
+
+
+def _own(run):
+    """What says which weights an evaluation is of: their step, and SHA-256 over all of them."""
+    digest = hashlib.sha256()
+    for leaf in jax.device_get(jax.tree.leaves(run.params)):
+        digest.update(leaf.tobytes())
+    return {"step": run.step, "weights": digest.hexdigest()}
+
+
+def _written(run, own):
+    """What `evaluation.json` of a run holds of these weights; nothing if it is of others. The first ones had no digest."""
+    written = read_record(run.workdir / EVALUATION)
+    return written if isinstance(written, dict) and own.items() <= ({"weights": own["weights"]} | written).items() else {}
+
+
+def _merge(run, own, results):
+    return _written(run, own) | own | results
 
 
 def summarize(suite: str, result: dict[str, Any]) -> list[list[str]]:

@@ -330,4 +330,4 @@ def write_page(results: dict[str, Any], folder: Path) -> None:
     """Writes page and figures into a folder."""
     draw(results, folder)
     with atomic_write(folder / PAGE) as file:
-        file.write(render(results).encode())
+        file.write(render(results).encode(errors="backslashreplace"))

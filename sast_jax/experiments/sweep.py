@@ -19,7 +19,7 @@ from sast_jax.experiments.board import Board
 from sast_jax.experiments.comparison import compare
 from sast_jax.experiments.plan import load_plan
 from sast_jax.experiments.study import BASELINE
-from sast_jax.files import only_process, write_json
+from sast_jax.files import local_path, only_process, write_json
 from sast_jax.training import train_many
 from sast_jax.training.build import load_data, num_gradients
 from sast_jax.training.processes import Workers, share_cores
@@ -65,6 +65,7 @@ def run_study(
     """
     if importlib.util.find_spec("matplotlib") is None:
         warn('figures need matplotlib, so the results page will fail: pip install "sast_jax[plots]" now or before the end')
+    path, workdir = local_path(path, "--config"), local_path(workdir, "--workdir")
     plan = load_plan(path, overrides)
     _refuse_other(workdir)
     if processes > 1:

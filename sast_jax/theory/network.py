@@ -16,6 +16,7 @@ import numpy as np
 
 from sast_jax.networks import SpikingNetwork
 from sast_jax.neurons import LIFState, leaky_readout, lif_init, lif_step
+from sast_jax.randomness import make_key
 from sast_jax.spikes import FAMILIES, Mode, spike_fn
 from sast_jax.theory import neuron as neuron_lib
 from sast_jax.theory.neuron import Array, in_float64, time_gain
@@ -191,7 +192,7 @@ def _norms_2(network, index, shape, params):
         v = jnp.maximum(image / jnp.maximum(jnp.max(image), TINY), TINY)
         return v, best, other / jnp.maximum(size, TINY), size
 
-    start = jax.random.normal(jax.random.key(0), (1, *shape))
+    start = jax.random.normal(make_key(0), (1, *shape))
     first = jnp.ones((1, *shape)), jnp.inf, start / jnp.linalg.norm(start.ravel()), 0.0
     _, best, _, size = jax.lax.fori_loop(0, NORM_ITERATIONS, step, first)
     return jnp.sqrt(best), jnp.sqrt(size)
@@ -232,7 +233,7 @@ def measured_gain(function: Callable[[jax.Array], jax.Array], x: jax.Array, *, n
 
     @jax.jit
     def run(x):
-        signs = jnp.sign(jax.random.normal(jax.random.key(seed), x.shape))
+        signs = jnp.sign(jax.random.normal(make_key(seed), x.shape))
         output, transpose = jax.vjp(function, x)
         for _ in range(num_rounds):
             # A difference, as convolutions have no forward derivative; it only chooses the output.

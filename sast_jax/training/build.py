@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from sast_jax import data, networks
 from sast_jax.data.checks import check_parts
 from sast_jax.errors import refuse
+from sast_jax.randomness import make_key
 from sast_jax.sharpness import perturb_weights, sam
 from sast_jax.spikes import Mode, mixed_spike_fn
 from sast_jax.theory.certified import cap_currents, keep_projected
@@ -161,7 +162,7 @@ def make_perturbation(config: ml_collections.ConfigDict, num_steps: int) -> Call
     if not has_radius(config) or costs_a_gradient(config):
         return None
     adaptive = None if config.sam.adaptive == "none" else config.sam.adaptive
-    perturbs, key = sam_schedule(config, num_steps), jax.random.fold_in(jax.random.key(config.seed), _NOISE)
+    perturbs, key = sam_schedule(config, num_steps), jax.random.fold_in(make_key(config.seed), _NOISE)
 
     def perturb(state):
         if config.sam.perturbation == "stale":
@@ -193,7 +194,7 @@ def make_spikes(config: ml_collections.ConfigDict, num_steps: int, num_layers: i
     initial = spikes.initial_slope or network.slope
     slope_at = optax.exponential_decay(initial, max(1, num_steps - 1), network.slope / initial)
     first_hard = num_steps - round(spikes.finish * num_steps)
-    key = jax.random.fold_in(jax.random.key(config.seed), _HARD_SPIKES)
+    key = jax.random.fold_in(make_key(config.seed), _HARD_SPIKES)
 
     def spikes_at(step):
         is_finish = (step >= first_hard) | (config.mode == "straight_through")

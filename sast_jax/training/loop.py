@@ -18,13 +18,13 @@ from sast_jax.data import Prefetch, make_take, take_batch
 from sast_jax.devices import WHOLE, Mesh, is_first_host, is_split, make_mesh, on_any_host, place, settle, share_threads
 from sast_jax.errors import Diverged, Interrupted, UserError, refuse
 from sast_jax.evaluation.transfer import make_eval_step
-from sast_jax.files import only_process, write_json
+from sast_jax.files import local_path, only_process, write_json
 from sast_jax.training.build import build_train_step
 from sast_jax.training.checkpoints import latest_step
 from sast_jax.training.interruption import StopRequest
 from sast_jax.training.progress import Progress
-from sast_jax.training.records import RESULTS, RUN, RUNS, read_record
-from sast_jax.training.run import check_workdir, run_members
+from sast_jax.training.records import RESULTS, RUN, RUNS
+from sast_jax.training.run import check_workdir, read_results, run_members
 from sast_jax.training.session import Result, Session, Task, cores_share_batches
 from sast_jax.training.together import (
     build_train_step_together,
@@ -63,7 +63,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path, *
             a metric is not finite, or a file cannot be written.
         Interrupted: On SIGINT or SIGTERM, after a checkpoint is written; the same call goes on from it.
     """
-    return _train_strictly({title: config}, [Path(workdir)])[0]
+    return _train_strictly({title: config}, [local_path(workdir, "--workdir")])[0]
 
 
 def _train_strictly(configs, workdirs):
@@ -108,6 +108,7 @@ def train_many(
     """
     configs = [config_lib.with_plain_values(config) for config in configs]
     results: dict[int, Result] = {}
+    workdirs = [local_path(workdir, "--workdir") for workdir in workdirs]
 
     def done(index, result):
         results[index] = result
@@ -146,7 +147,7 @@ def _find_results(config, workdir):
     """Results of a finished run; `None` if it may be trained, and then all that can be checked beforehand is."""
     refuse(config_lib.find_problems(config, with_data=False))
     check_workdir(workdir, config)
-    results = read_record(workdir / RESULTS)
+    results = read_results(workdir, config)
     if results is None:
         refuse(config_lib.find_problems(config))
     return results
@@ -300,7 +301,7 @@ def train_variants(configs: dict[str, ml_collections.ConfigDict], workdir: str |
         UserError: As `train_and_evaluate`, and before any training if one of the folders is of another config.
         Interrupted: As `train_and_evaluate`.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir, "--workdir")
     if list(configs) == [""]:
         return train_and_evaluate(configs[""], workdir, title=workdir.resolve().name)
     if (workdir / RUN).exists():

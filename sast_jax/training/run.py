@@ -15,12 +15,12 @@ import numpy as np
 from sast_jax import config as config_lib
 from sast_jax.data import Splits, sensor_size
 from sast_jax.errors import UserError, refuse, warn
-from sast_jax.files import write_json
+from sast_jax.files import local_path, refuse_irregular, write_json
 from sast_jax.networks import Calibration, SpikingNetwork
 from sast_jax.spikes import Mode
 from sast_jax.training.build import load_data, make_network, make_optimizer, make_projection
 from sast_jax.training.checkpoints import restore
-from sast_jax.training.records import RESULTS, RUN, RUNS, read_record
+from sast_jax.training.records import METRICS, RESULTS, RUN, RUNS, read_record
 from sast_jax.training.state import init_state
 
 MAY_MOVE = ("dataset.root", "dataset.download", "dataset.images")
@@ -37,6 +37,36 @@ def environment() -> dict[str, Any]:
 def _versions():
     packages = ("sast_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {name: importlib.metadata.version(name) for name in packages}
+
+
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_threefry_partitionable",
+    "jax_default_matmul_precision",
+    "jax_random_seed_offset",
+)
+"""Settings of jax that change what a run computes or draws; the implementation of its keys is fixed, see `make_key`."""
+
+
+def settings() -> dict[str, Any]:
+    """Returns the settings of jax, as JSON values, with which a run must be gone on with."""
+    return {name: getattr(jax.config, name) for name in _SETTINGS}
+
+
+def check_settings(workdir: Path) -> None:
+    """Refuses to go on with a run under other settings of jax; those of a run of an earlier version are not known.
+
+    Raises:
+        UserError: Listing the settings that differ.
+    """
+    was = (read_record(workdir / RUN) or {}).get("settings")
+    now = settings()
+    was = now | was if isinstance(was, dict) else now
+    refuse(
+        [f"{key}: the run has {was[key]!r}, jax now {now[key]!r} ({key.upper()})" for key in now if was[key] != now[key]],
+        f"--workdir: {str(workdir)!r} was begun with other settings of jax, which would change its numbers. Set them as there, "
+        "in the environment or with jax.config.update, or choose another folder:",
+    )
 
 
 FORMAT = 1
@@ -58,6 +88,54 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
     return run
 
 
+def identity(config: ml_collections.ConfigDict, data: dict[str, Any]) -> dict[str, Any]:
+    """Returns what run it is, as JSON values: `{"config", "data"}`; kept with its checkpoints, and compared.
+
+    Args:
+        config: Config of the run; fields that may change, `MAY_MOVE`, are left out.
+        data: What identifies its data, as in `run.json`.
+    """
+    fields = config_lib.flatten(config_lib.to_json(config)).items()
+    return {
+        "config": {key: value for key, value in fields if key not in MAY_MOVE},
+        "data": {"checksum": data["checksum"], "num_classes": data["num_classes"]},
+    }
+
+
+def _differing(old, new, whose, other):
+    """In what two configs differ, a line each."""
+    old, new = (config_lib.flatten(config_lib.to_json(config)) for config in (old, new))
+    return [
+        f"{key}: {whose} {old.get(key)!r}, {other} {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in MAY_MOVE
+    ]
+
+
+def read_results(workdir: Path, config: ml_collections.ConfigDict, data: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Returns what `results.json` of a run holds, or `None` if it is not there.
+
+    Args:
+        workdir: Folder of the run.
+        config: Config of the run.
+        data: What identifies its data, as in `run.json`; `None`: as it is there.
+
+    Raises:
+        UserError: If it is damaged, or of a run of another config or other data.
+    """
+    results = read_record(workdir / RESULTS)
+    if results is None or not isinstance(results.get("config"), dict):
+        return results
+    path, run = workdir / RESULTS, read_record(workdir / RUN)
+    was = config_lib.from_json(results["config"], heading=f"{path}: its config is not one of this version; use that one:")
+    problems = _differing(was, config, "the results have", "the run")
+    data = data or (run or {}).get("data")
+    if data and results.get("data_checksum", data["checksum"]) != data["checksum"]:
+        problems.append("its recordings are others")
+    refuse(problems, f"{path}: is of another run; put back the run's own, or move it elsewhere and go on with `sast-jax train`:")
+    return results
+
+
 def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Refuses a folder that holds a run of another config.
 
@@ -66,6 +144,8 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir: {str(workdir)!r} is a file; give a folder, new or of a run to go on with")
+    for name in (RUN, METRICS, RESULTS):
+        refuse_irregular(workdir / name)
     members = run_members(workdir)
     if members:
         raise UserError(f"--workdir: {str(workdir)!r} holds the runs {', '.join(members)}; give one of them or a new folder")
@@ -73,17 +153,14 @@ def check_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     if run is None and (workdir / RESULTS).exists():
         raise UserError(f"--workdir: {str(workdir)!r} has {RESULTS} but no {RUN}; choose another folder")
     if run is not None:
-        old = config_lib.flatten(config_lib.to_json(read_config(workdir, run)))
-        new = config_lib.flatten(config_lib.to_json(config))
-        differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in MAY_MOVE]
         refuse(
-            [f"{key}: the run has {old.get(key)!r}, the config {new.get(key)!r}" for key in differing],
+            _differing(read_config(workdir, run), config, "the run has", "the config"),
             f"--workdir: {str(workdir)!r} is a run of another config; choose another folder, or the config that made it:",
         )
 
 
 def register(workdir: Path, config: ml_collections.ConfigDict, description: dict[str, Any]) -> None:
-    """Writes what a run is, `{"format", "config", "data", "environment"}`, or checks it against what is written there.
+    """Writes what a run is, or checks it against what is written: `{"format", "config", "data", "environment", "settings"}`.
 
     Args:
         workdir: Folder of the run, made if missing.
@@ -103,6 +180,7 @@ def register(workdir: Path, config: ml_collections.ConfigDict, description: dict
                     "config": config_lib.to_json(config),
                     "data": description,
                     "environment": environment(),
+                    "settings": settings(),
                 },
             )
         except OSError as error:
@@ -216,7 +294,7 @@ def load_warm_start(workdir: str, params: Any, description: dict[str, Any]) -> t
     cost = {"num_gradient_evaluations": 0.0, "wall_time_seconds": 0.0}
     if not workdir:
         return None, cost
-    run = load_run(workdir)
+    run = load_run(local_path(workdir, "warm_start"))
     there = read_record(run.workdir / RUN)["data"]
     heading = f"warm_start: the run {str(run.workdir)!r}"
     if run.results is None:
@@ -240,18 +318,19 @@ def load_warm_start(workdir: str, params: Any, description: dict[str, Any]) -> t
 
 
 def load_run(workdir: str | Path) -> Run:
-    """Loads a run, finished or not, from its last checkpoint.
+    """Loads a run, finished, stopped or in training, from its last checkpoint.
 
     Args:
-        workdir: Folder of the run. A folder of several runs, as a pair of baseline and SAST, stands for the last of them.
+        workdir: Folder of the run; `~` is expanded. A folder of several runs, as a pair of baseline and SAST, stands for the last
+            of them.
 
     Returns:
         The run.
 
     Raises:
-        UserError: If the folder holds no run or no checkpoint.
+        UserError: If the folder holds no run or no checkpoint, or files that are damaged or of different runs.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir, "--workdir")
     members = run_members(workdir)
     workdir = workdir / members[-1] if members else workdir
     run = read_run(workdir)
@@ -263,12 +342,12 @@ def load_run(workdir: str | Path) -> Run:
     frames = jax.ShapeDtypeStruct((config.dataset.num_time_steps, 1, *size, 2), jnp.uint8)
     tx = make_optimizer(config, 1, make_projection(config, network))
     target = jax.eval_shape(lambda: init_state(network, tx, frames, seed=config.seed))
-    restored = restore(workdir, target)
+    restored = restore(workdir, target, identity(config, run["data"]))
     if restored is None:
         raise UserError(f"--workdir: {str(workdir)!r} has no checkpoint yet; run `sast-jax train` with its config first")
     state, _ = restored
     params = jax.tree.map(jnp.asarray, jax.device_get(state.params))  # What is restored is bound to a device.
-    return Run(network, params, config, read_record(workdir / RESULTS), int(state.step), workdir)
+    return Run(network, params, config, read_results(workdir, config), int(state.step), workdir)
 
 
 def load_run_and_data(workdir: str | Path, overrides: Sequence[str] = ()) -> tuple[Run, ml_collections.ConfigDict, Splits]:

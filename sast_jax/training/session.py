@@ -20,7 +20,8 @@ from sast_jax.devices import is_first_host, memory_bytes, num_cpu_devices, num_s
 from sast_jax.errors import Diverged, UserError, warn
 from sast_jax.evaluation.outputs import BATCH_SIZE
 from sast_jax.evaluation.transfer import EvalStep, evaluate_transfer
-from sast_jax.files import atomic_write, parse_json, read_regular, write_json
+from sast_jax.files import append_line, atomic_write, parse_json, read_regular, write_json
+from sast_jax.randomness import make_key
 from sast_jax.training.build import (
     costs_a_gradient,
     load_data,
@@ -33,7 +34,7 @@ from sast_jax.training.build import (
 from sast_jax.training.checkpoints import Checkpoints, restore
 from sast_jax.training.health import find_symptoms
 from sast_jax.training.records import METRICS, METRICS_LINE, RESULTS
-from sast_jax.training.run import environment, load_warm_start, register
+from sast_jax.training.run import check_settings, environment, identity, load_warm_start, register
 from sast_jax.training.state import TrainState, make_init
 
 Result = dict[str, Any] | Diverged
@@ -69,7 +70,7 @@ class Task:
         self.perturbation_batch_size = own or config.batch_size
         expect_array(self._largest_array(frames.shape, together))
         self.init = make_init(self.network, tx, frames)
-        self.target = jax.eval_shape(self.init, jax.random.key(0), None)
+        self.target = jax.eval_shape(self.init, make_key(0), None)
         refuse_too_large(self.target)
         self.warm_start, self.warm_start_cost = load_warm_start(config.warm_start, self.target.params, self.data)
         self.perturbs = sam_schedule(config, self.num_steps)
@@ -124,9 +125,11 @@ class Session:
         self.task, self.config, self.workdir, self.title = task, config, workdir, title
         if is_first_host():
             register(workdir, config, task.data)
-        restored = restore(workdir, task.target)
+        check_settings(workdir)
+        self._identity = identity(config, task.data)
+        restored = restore(workdir, task.target, self._identity)
         if restored is None:
-            state = task.init(jax.random.key(config.seed), task.warm_start)
+            state = task.init(make_key(config.seed), task.warm_start)
             restored = dataclasses.replace(state, params=task.project(state.params)), 0.0
         self.state: TrainState | None = restored[0]
         self.first_step, self._seconds_before = int(restored[0].step), restored[1]
@@ -144,7 +147,7 @@ class Session:
 
     def start(self) -> TrainState:
         """Opens the folder for what comes, and gives the state away."""
-        self._checkpoints = Checkpoints(self.workdir)
+        self._checkpoints = Checkpoints(self.workdir, self._identity)
         if is_first_host():
             _forget_metrics_after(self.workdir, self.first_step)
         state, self.state = self.state, None
@@ -160,9 +163,10 @@ class Session:
         self._num_same += is_same
 
     def note_metrics(self, metrics: list[dict[str, float]], first_step: int) -> None:
-        """Takes the metrics of successive steps."""
+        """Takes the metrics of successive steps, and finds out whether the last save has failed meanwhile."""
         self._metrics += metrics
         self._check(metrics, first_step)
+        self._checkpoints.check()
 
     def _check(self, metrics, first_step):
         try:
@@ -196,8 +200,7 @@ class Session:
         line |= {key: float(np.mean([each[key] for each in self._metrics])) for key in self._metrics[0]}
         line |= times | {f"validation_{key}": value for key, value in validation.items()}
         if is_first_host():
-            with (self.workdir / METRICS).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.workdir / METRICS, json.dumps(line))
         symptoms = find_symptoms(line)
         if self._num_same > self._num_perturbed / 2:
             symptoms["same batch"] = (
@@ -240,6 +243,7 @@ class Session:
             **others,
             "environment": environment(),
             "config": config_lib.to_json(config),
+            "data_checksum": task.data["checksum"],
         }
         if is_first_host():
             write_json(self.workdir / RESULTS, results)

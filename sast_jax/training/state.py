@@ -16,6 +16,7 @@ from sast_jax.accumulation import accumulate
 from sast_jax.data import BATCH_SPECS, DESCENT, PERTURBATION, SAMPLE_AXES, Batch
 from sast_jax.devices import WHOLE, over_devices
 from sast_jax.networks import as_output, measure_activity
+from sast_jax.randomness import make_key
 from sast_jax.sharpness import Ascent
 from sast_jax.spikes import Mode, SpikeFn
 
@@ -65,7 +66,7 @@ def init_state(
         >>> state.step.item(), state.params["dense_0"]["kernel"].shape
         (0, (128, 512))
     """
-    return make_init(network, tx, frames)(jax.random.key(seed), params)
+    return make_init(network, tx, frames)(make_key(seed), params)
 
 
 def make_init(
