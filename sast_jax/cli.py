@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import sast_jax.public  # noqa: F401
 
+        _take_back_strictness()
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is _leave:  # From here on there may be something to clean up, or to save.
                 signal.signal(number, signal.default_int_handler)
@@ -49,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sast-jax: interrupted: {str(error) or 'the same command goes on from the last checkpoint'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _take_back_strictness():
+    """A user's own code may be strict about dtypes and ranks; the libraries that commands use are not written for it."""
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
 
 
 def _parse(argv):

@@ -14,7 +14,7 @@ import sast_jax
 PACKAGE = Path("sast_jax")
 
 LAYERS = [
-    {"accumulation", "allocator", "errors", "ranges", "text"},
+    {"accumulation", "allocator", "errors", "numeric", "text"},
     {"devices", "files"},
     {"compilation"},
     {"spikes", "sharpness", "data.events"},
