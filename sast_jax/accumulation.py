@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sast_jax.numeric import wide_dtype
+
 
 def accumulate(grad_fn: Callable[..., Any], num_microbatches: int, *, axes: Any = 0) -> Callable[..., Any]:
     r"""Returns `grad_fn` computed on equal parts of its batch, one at a time, and averaged.
@@ -59,16 +61,12 @@ def accumulate(grad_fn: Callable[..., Any], num_microbatches: int, *, axes: Any 
 
         first, rest = (jax.tree.map(lambda leaf, i=i: leaf[i], microbatches) for i in (0, slice(1, None)))
         outputs = grad_fn(params, first)
-        total, _ = jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.asarray(leaf, _wide(leaf)), outputs), rest)
+        total, _ = jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.asarray(leaf, wide_dtype(leaf)), outputs), rest)
         return jax.tree.map(lambda leaf, like: (leaf / num_microbatches).astype(_mean_dtype(like)), total, outputs)
 
     return accumulated
 
 
-def _wide(leaf):
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-
-
 def _mean_dtype(leaf):
     dtype = jnp.result_type(leaf)
-    return dtype if jnp.issubdtype(dtype, jnp.inexact) else _wide(leaf)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else wide_dtype(leaf)

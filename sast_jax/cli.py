@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 setattr(args, name, local_path(path, f"--{name}"))
         import sast_jax.public  # noqa: F401
 
+        _take_back_strictness()
         for number in _SIGNALS:
             if signal.getsignal(number) is _leave:  # From here on there may be something to clean up, or to save.
                 signal.signal(number, _interrupt)
@@ -71,6 +72,14 @@ def _explain(error):
         text = str(reason).partition("\n")[0][:200] or "jax was installed without it, or there is no such device"
         return f"JAX_PLATFORMS: {platforms!r} cannot be used here ({text}); unset it, or set it to cpu"
     return ""
+
+
+def _take_back_strictness():
+    """A user's own code may be strict about dtypes and ranks; the libraries that commands use are not written for it."""
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
 
 
 def _parse(argv):

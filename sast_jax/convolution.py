@@ -301,4 +301,4 @@ class Convolution(nn.Module):
         images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
         output = (convolution if self.derivative_rule == "vjp" else _convolve_same)(images, kernel)
         repeat = _apart(lambda bias: jnp.tile(bias, output.shape[-2]))
-        return (rows(output) + repeat(bias)).reshape(output.shape)
+        return (rows(output) + repeat(bias)[None, None]).reshape(output.shape)

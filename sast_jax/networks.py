@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from sast_jax.convolution import Convolution, rows, sum_windows, sum_windows_jvp
 from sast_jax.devices import to_pool
 from sast_jax.errors import UserError
-from sast_jax.neurons import Reset, check_neuron, lif, lif_init, readout_weights, spikes_and_remaining
+from sast_jax.neurons import Reset, aligned, check_neuron, lif, lif_init, readout_weights, spikes_and_remaining
+from sast_jax.numeric import check_range, wide_dtype
 from sast_jax.pallas import are_fast, lif_pallas
 from sast_jax.randomness import make_key
-from sast_jax.ranges import check_range
 from sast_jax.spikes import DERIVATIVE_RULES, DerivativeRule, Mode, SpikeFn, spike_fn
 
 Order = Literal["auto", "layer_major", "step_major"]
@@ -183,7 +183,7 @@ class SpikingNetwork(nn.Module):
 
     def current(self, index: int, x: jax.Array) -> jax.Array:
         """Returns the current `[B, ...]` of a layer from frames, or from the spikes of the layer before, `[B, ...]`."""
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(wide_dtype(x))
         return self.synapses[index](self.pool(index, x) / self.pool_area(index)).astype(x.dtype)
 
     @property
@@ -305,7 +305,7 @@ class SpikingNetwork(nn.Module):
 
     def _to_readout(self, x):
         """What is summed over time, from the spikes of the last layer, or from frames if there is none."""
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(wide_dtype(x))
         return x if self.readout == "rate" else self.pool(self.num_spiking, x)
 
     def _shapes(self, frames):
@@ -368,7 +368,7 @@ class SpikingNetwork(nn.Module):
             new_states.append(state)
             x = x.reshape(current.shape)
             spikes.append(x.reshape(num_time_steps, batch_size, *x.shape[1:]))
-            x = x if gains is None else gains[index] * x
+            x = x if gains is None else aligned(gains[index], x.ndim) * x
         outputs = self._to_readout(x).reshape(num_time_steps, *total.shape)
         total += jnp.tensordot(weights, outputs, 1)
         return (tuple(new_states), total), (tuple(spikes), measure_activity(spikes))
@@ -392,7 +392,7 @@ class SpikingNetwork(nn.Module):
                 spikes.append(x)
                 # In the words of hard spikes, so that where these are taken the compiler takes them once.
                 above.append((potential - neurons[index]["threshold"] > 0).astype(x.dtype))
-                x = x if gains is None else gains[index] * x
+                x = x if gains is None else aligned(gains[index], x.ndim) * x
             # Measured here, so that spikes which nothing else needs are not kept.
             activity = Activity(tuple(map(jnp.mean, spikes)), tuple(map(jnp.mean, above)))
             return (tuple(new_states), total + weight * network._to_readout(x)), (tuple(spikes), activity)
@@ -410,8 +410,9 @@ def _rows_of(current):
 
 
 def _in_rows(threshold, current):
-    """Returns the thresholds of channels as those of rows."""
-    return jnp.tile(threshold, current.shape[-2]) if jnp.ndim(threshold) and current.ndim > 2 else threshold
+    """Returns the thresholds of channels as those of rows, with all axes."""
+    is_tiled = jnp.ndim(threshold) and current.ndim > 2
+    return aligned(jnp.tile(threshold, current.shape[-2]) if is_tiled else threshold, max(2, current.ndim - 1))
 
 
 class SpikingMLP(SpikingNetwork):

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sast_jax.ranges import check_range
+from sast_jax.numeric import check_range, wide_dtype
 from sast_jax.spikes import SpikeFn
 
 Reset = Literal["zero", "subtract", "none"]
@@ -33,6 +33,12 @@ def lif_init(current: jax.Array) -> LIFState:
 def _check_floating(current):
     if not jnp.issubdtype(current.dtype, jnp.floating):
         raise ValueError(f"current must be of a floating-point dtype; got {current.dtype}")
+
+
+def aligned(parameter: Any, num_axes: int) -> Any:
+    """Returns a parameter with axes of size 1 in front, so that jax need not add any: it may have been told not to."""
+    ndim = jnp.ndim(parameter)
+    return jnp.reshape(parameter, (1,) * (num_axes - ndim) + jnp.shape(parameter)) if ndim else parameter
 
 
 def check_neuron(*, decay: Any, threshold: Any, reset: str) -> None:
@@ -93,6 +99,7 @@ def lif_step(
     """
     _check_floating(current)
     check_neuron(decay=decay, threshold=threshold, reset=reset)
+    decay, threshold = aligned(decay, current.ndim), aligned(threshold, current.ndim)
     potential = remaining_potential(state, decay=decay, threshold=threshold, reset=reset) + current
     potential = potential.astype(current.dtype)
     return LIFState(potential, spike_fn(potential - threshold).astype(current.dtype))
@@ -111,6 +118,7 @@ def spikes_and_remaining(
     Between steps only what remains need be carried, and of a step only the potential is kept for the gradient: the backward pass
     computes the spikes again.
     """
+    decay, threshold = aligned(decay, potential.ndim), aligned(threshold, potential.ndim)
 
     def after(potential):
         spikes = spike_fn(potential - threshold).astype(potential.dtype)
@@ -156,8 +164,12 @@ def lif(
         [0.0, 1.0, 0.0, 1.0]
     """
     _check_floating(current)
-    settings: dict[str, Any] = {"decay": decay, "threshold": threshold, "reset": reset}
-    check_neuron(**settings)
+    check_neuron(decay=decay, threshold=threshold, reset=reset)
+    settings: dict[str, Any] = {
+        "decay": aligned(decay, current.ndim - 1),
+        "threshold": aligned(threshold, current.ndim - 1),
+        "reset": reset,
+    }
 
     def step(carry, current_now):
         potential = carry[0] + current_now
@@ -191,10 +203,10 @@ def leaky_readout(current: jax.Array, decay: float | jax.Array = 0.0) -> jax.Arr
     """
     _check_floating(current)
     check_range("decay", decay, "in [0, 1]")
-    decay = jnp.asarray(decay, jnp.promote_types(current.dtype, jnp.float32))  # In half precision the weights would not add up.
+    decay = jnp.asarray(decay, wide_dtype(current))  # In half precision the weights would not add up.
     num_time_steps = current.shape[0]
     weights = readout_weights(num_time_steps, decay.reshape(*[1] * (current.ndim - 1 - decay.ndim), *decay.shape))
-    return (jnp.sum(weights * current, axis=0) / num_time_steps).astype(current.dtype)
+    return (jnp.sum(weights * current.astype(weights.dtype), axis=0) / num_time_steps).astype(current.dtype)
 
 
 def readout_weights(num_time_steps: int, decay: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sast_jax.ranges import check_range
+from sast_jax.numeric import check_range, wide_dtype
 
 Adaptive = Literal["element", "filter"]
 
@@ -124,7 +124,7 @@ def sam(
             wrapper = frame.f_code.co_qualname.partition(".")[0]
             if wrapper in _WRONG_AROUND:
                 raise ValueError(f"optax.{wrapper} around sam {_WRONG_AROUND[wrapper]}")
-        sharpness = jax.tree.map(lambda w: jnp.zeros(w.shape, _wide(w)), params) if reuse is not None else None
+        sharpness = jax.tree.map(lambda w: jnp.zeros(w.shape, wide_dtype(w)), params) if reuse is not None else None
         return SamState(
             jnp.zeros([], jnp.int32), jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), aux), sharpness
         )
@@ -152,14 +152,14 @@ def sam(
                 f"perturbation_grads must be floating-point numbers shaped as the weights, {_describe(params)}; got "
                 f"{_describe(updates)}"
             )
-        climb = jax.tree.map(lambda g: g.astype(_wide(g)), updates)
+        climb = jax.tree.map(lambda g: g.astype(wide_dtype(g)), updates)
 
         def perturb():
             radius = rho(state.count) if callable(rho) else rho
             point = perturb_weights(params, climb, radius, normalize=normalize, adaptive=adaptive, mask=mask)
             descent, new_aux = _split_output(_call(grad_fn, point), params, state.aux)
             new_aux = jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state.aux, new_aux)
-            wide = jax.tree.map(lambda g: g.astype(_wide(g)), descent)
+            wide = jax.tree.map(lambda g: g.astype(wide_dtype(g)), descent)
             sharpness = _reject(wide, climb) if reuse is not None else None
             if gsam is not None:
                 descent = jax.tree.map(lambda g, c: (g - gsam * c).astype(g.dtype), descent, _reject(climb, wide))
@@ -203,10 +203,6 @@ def perturb_weights(
     return jax.tree.map(lambda w, e: (w + rho * e).astype(w.dtype), params, step)
 
 
-def _wide(leaf):
-    return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
 def _at_least_tiny(norm):
     return jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
 
@@ -228,7 +224,7 @@ def _direction(grads, params, *, normalize, adaptive, mask):
 
 def _scale(weights, adaptive):
     """ASAM's T for one array of weights."""
-    size = jnp.abs(weights.astype(_wide(weights)))
+    size = jnp.abs(weights.astype(wide_dtype(weights)))
     if adaptive == "element" or weights.ndim < 2:
         return size
     return jnp.sqrt(jnp.sum(jnp.square(size), axis=tuple(range(weights.ndim - 1)), keepdims=True))

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sast_jax.ranges import check_range
+from sast_jax.numeric import check_range
 
 Mode = Literal["surrogate", "hard", "straight_through"]
 SpikeFn = Callable[[jax.Array], jax.Array]

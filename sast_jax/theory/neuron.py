@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sast_jax.neurons import Reset, check_neuron
-from sast_jax.ranges import check_range
+from sast_jax.numeric import check_range
 from sast_jax.spikes import FAMILIES
 
 Array = npt.NDArray[np.floating]

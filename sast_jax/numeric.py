@@ -1,4 +1,4 @@
-"""Ranges of the numbers that the equations take, checked where they are known."""
+"""Ranges and dtypes of the numbers that the equations take."""
 
 from typing import Any, Literal
 
@@ -35,3 +35,9 @@ def check_range(name: str, value: Any, allowed: Range) -> None:
     is_real = array.dtype == bool or jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
     if not is_real or not np.all(_HOLDS[allowed](array)):
         raise ValueError(f"{name} must be {allowed}; got {value!r}")
+
+
+def wide_dtype(x: Any) -> Any:
+    """Returns the dtype in which an array is added up, float32 at least; under jax's strict dtype promotion, too."""
+    dtype = jnp.result_type(x)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
