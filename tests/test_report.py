@@ -382,7 +382,9 @@ def test_folder_that_is_no_run_and_damaged_files_are_refused(full, capsys, tmp_p
         broken[suite].pop("num_test")
         path.write_text(json.dumps(broken))
         (full / "report.html").write_text("before")
-        assert f"--suite={suite}" in refused(capsys, main(["report", f"--workdir={full}"]))
+        assert f"evaluation.json: is damaged or not of sast-jax: {suite}" in refused(
+            capsys, main(["report", f"--workdir={full}"])
+        )
         assert (full / "report.html").read_text() == "before"
     path.write_text("{")
     assert "evaluation.json" in refused(capsys, main(["report", f"--workdir={full}"]))

@@ -388,8 +388,9 @@ def test_equal_networks_share_an_evaluation_step_and_need_no_hash():
 
 
 def test_metrics_survive_a_last_line_that_was_cut_off(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    lines = [{"step": 1, "epoch": 1}, {"step": 2, "epoch": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+    assert read_metrics(tmp_path) == lines
 
 
 class Terminal:

@@ -19,7 +19,6 @@ from sast_jax.networks import SpikingNetwork, as_output
 EvalStep = Callable[[Any, Batch], dict[str, jax.Array]]
 
 
-@functools.lru_cache(maxsize=16)
 def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
     """Returns the jitted function `(params, batch) -> sums` over the samples of a batch, the same one for equal arguments.
 
@@ -38,7 +37,7 @@ def make_eval_step(network: nn.Module, mesh: Mesh | None = None) -> EvalStep:
         return _shared_eval_step.__wrapped__(network, mesh)
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=16)
 def _shared_eval_step(network, mesh):
     def eval_step(params, batch):
         sums = {"num_samples": jnp.sum(batch.mask)}
