@@ -14,8 +14,8 @@ import sast_jax
 PACKAGE = Path("sast_jax")
 
 LAYERS = [
-    {"accumulation", "allocator", "errors", "numeric", "text"},
-    {"devices", "files"},
+    {"allocator", "errors", "numeric", "text"},
+    {"accumulation", "devices", "files"},
     {"compilation"},
     {"spikes", "sharpness", "data.events"},
     {"convolution", "neurons", "data.cache", "data.camera", "data.corruption", "data.decoders", "data.images"},
