@@ -199,11 +199,9 @@ def test_command_exports_a_run_and_refuses_what_it_cannot_do(train, capsys, tmp_
 
     command = ["export", f"--workdir={run}", f"--output={output}"]
     assert "--suite=calibration" in refused(capsys, main([*command, "--calibration=chosen"]))
+    thresholds = {"none": 1.0, "best": 0.5}
     measured = dict.fromkeys(("accuracy", "loss", "ece", "temperature", "scaled_loss", "scaled_ece"), 0.5)
-    methods = {
-        name: {**measured, "thresholds": {"dense_0": [t]}, "gains": {"dense_0": [2.0]}}
-        for name, t in (("none", 1.0), ("best", 0.5))
-    }
+    methods = {name: {**measured, "thresholds": {"dense_0": [t]}, "gains": {"dense_0": [2.0]}} for name, t in thresholds.items()}
     (run / "evaluation.json").write_text(
         json.dumps({"step": trained.step, "calibration": {"methods": methods, "chosen": "best", "surrogate": measured}})
     )
