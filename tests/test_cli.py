@@ -95,13 +95,13 @@ def test_suites_are_gathered_in_one_file_until_the_weights_change(train, capsys,
     assert "evaluation.json" in table.out
     assert "run: synops (2 of 2)" in table.err
     first = json.loads((run / "evaluation.json").read_text())
-    assert first.keys() == {"step", "transfer", "synops"}
+    assert first.keys() == {"step", "weights", "transfer", "synops"}
     assert main(["evaluate", f"--workdir={run}"]) == 0
     assert json.loads((run / "evaluation.json").read_text()) == first
 
     (run / "evaluation.json").write_text(json.dumps({**first, "step": first["step"] - 1}))
     assert main(["evaluate", f"--workdir={run}"]) == 0
-    assert json.loads((run / "evaluation.json").read_text()).keys() == {"step", "transfer"}
+    assert json.loads((run / "evaluation.json").read_text()).keys() == {"step", "weights", "transfer"}
 
 
 @pytest.mark.slow
@@ -110,13 +110,13 @@ def test_all_suites_agree_on_what_they_share(train, capsys, tmp_path):
     run = tmp_path / "run"
     assert main(["evaluate", f"--workdir={run}", "--suite=all"]) == 0
     written = json.loads((run / "evaluation.json").read_text())
-    assert written.keys() == {"step", *SUITES}
+    assert written.keys() == {"step", "weights", *SUITES}
     assert written["calibration"]["split"] == "validation"
     assert written["calibration"]["methods"]["none"]["accuracy"] == written["transfer"]["hard_accuracy"]
     assert written["robustness"]["clean"]["hard_accuracy"] == written["transfer"]["hard_accuracy"]
     assert written["quantization"]["float"]["synops"]["dense"] == written["synops"]["dense"]
     assert all(row["reference"]["equal"] for row in written["quantization"]["configurations"])
-    assert all(result["num_test"] == 20 for suite, result in written.items() if suite != "step")
+    assert all(result["num_test"] == 20 for suite, result in written.items() if suite in SUITES)
     table = capsys.readouterr().out
     for text in ("gradient_channel", "INT4 per channel, decay power", "hot_pixels"):
         assert text in table
