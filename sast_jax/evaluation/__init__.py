@@ -4,7 +4,7 @@
 fractions; losses are mean cross-entropies; all are of the test part unless the key says `calibration`. "A layer" is a layer of
 spiking neurons, by its name in the tree of weights (`conv_0`, `conv_1`); `synops`, `quantization` also list the layer `readout`.
 
-- `step`: optimizer steps that the evaluated weights have had.
+- `step`: optimizer steps that the evaluated weights have had; `weights`: SHA-256 over them.
 - `transfer`: `surrogate_accuracy`, `hard_accuracy`, `transfer_gap`, `surrogate_loss`, `hard_loss`, `num_test`;
     - `layer_swap`: `prefix`, a list of `{hard, accuracy, loss}` with the first 0, 1, ... all layers in hard mode and the rest in
       surrogate mode, and `single`, the same with one layer each; `hard` is the list of names of the layers in hard mode;
