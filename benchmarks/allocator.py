@@ -31,13 +31,14 @@ WORKLOADS = {
     "conv 64x64x2 - 16 - 32, T 25, batch 16": (SpikingConvNet(10, features=(16, 32)), 64, 25, 16),
     "conv 34x34x2 - 12 - 32, T 100, batch 32": (SpikingConvNet(10), 34, 100, 32),
 }
+SMALL = {"conv 8x8x2 - 2, kernel 3, T 2, batch 4": (SpikingConvNet(10, features=(2,), kernel_size=3), 8, 2, 4)}
 KEPT, SHARED, SYSTEM = "freed memory kept", "kept, one arena for all threads", "the system's"
 STEPS = {"train": "train step", "sast": "SAST step"}
 
 
 def make_steps(workload):
     """Returns functions that take a step and wait for it, by kind."""
-    network, size, num_time_steps, batch_size = WORKLOADS[workload]
+    network, size, num_time_steps, batch_size = (WORKLOADS | SMALL)[workload]
     rng, mesh = np.random.default_rng(0), make_mesh(batch_size)
     frames = (rng.random((num_time_steps, batch_size, size, size, 2)) < 0.15).astype(np.uint8)
     batch = Batch(frames, rng.integers(0, 10, batch_size).astype(np.int32), np.ones(batch_size, bool))
@@ -117,9 +118,9 @@ def markdown(tables, environment):
 def main():
     """Measures, then prints and writes the table."""
     before = dict(os.environ)  # `begin` also says to XLA how to allocate, and processes would have that from this one.
-    environment = begin(__doc__)
-    tables = {name: measure(name, environment["rounds"], before) for name in WORKLOADS}
-    publish("allocator", {"environment": environment, "workloads": tables}, markdown(tables, environment))
+    args, environment = begin(__doc__)
+    tables = {name: measure(name, environment["rounds"], before) for name in (SMALL if args.small else WORKLOADS)}
+    publish("allocator", {"environment": environment, "workloads": tables}, markdown(tables, environment), args.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ and the tables into `docs/results.md`.
 """
 
 import numpy as np
-from publish import RESULTS, publish
+from publish import publish
 from transfer_gap import make_parser, numbers, parse, summary, train, train_ahead
 
 SETTINGS = {
@@ -119,9 +119,9 @@ def main():
         "settings": settings,
         "map": {f"{slope:g}": {f"{rho:g}": row for rho, row in rows.items()} for slope, rows in grid.items()},
     }
-    publish(f"axes_{name}", results, f"{settings_table(settings, args.rho)}\n\n{text}\n")
-    publish(f"slope_rho_{name}", results["map"], f"{map_table(grid)}\n\n{text}\n")
-    draw(grid, RESULTS / f"slope_rho_{name}.png")
+    publish(f"axes_{name}", results, f"{settings_table(settings, args.rho)}\n\n{text}\n", args.output)
+    publish(f"slope_rho_{name}", results["map"], f"{map_table(grid)}\n\n{text}\n", args.output)
+    draw(grid, args.output / f"slope_rho_{name}.png")
 
 
 if __name__ == "__main__":

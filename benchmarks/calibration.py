@@ -10,12 +10,11 @@ prints it; the mismatch of pixels is not fitted but set to match the scatter in 
 `benchmarks/results/calibration.json`, `.md` and `.png`, and the table into its page.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import numpy as np
-from publish import RESULTS, publish
+from publish import Parser, publish
 
 from sast_jax.data import simulated
 from sast_jax.data.events import bin_events
@@ -190,7 +189,7 @@ def draw(measured, path):
 
 def main():
     """Compares, and writes the table and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--images", type=Path, required=True, help="folder of MNIST's files")
     parser.add_argument("--root", default="", help="folder of N-MNIST recordings; $SAST_JAX_DATA/NMNIST if not given")
     parser.add_argument("--fit", type=float, default=0.0, metavar="SECONDS")
@@ -223,8 +222,8 @@ def main():
         "table": rows(measured),
         "recorder": simulated.NMNIST._asdict() | {"camera": simulated.NMNIST.camera._asdict()},
     }
-    publish("calibration", results, "\n".join(lines) + f"\n\n{text}\n")
-    draw(measured, RESULTS / "calibration.png")
+    publish("calibration", results, "\n".join(lines) + f"\n\n{text}\n", args.output)
+    draw(measured, args.output / "calibration.png")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ without SAM; what is trained already in the folder is not repeated. Writes `benc
 import math
 from pathlib import Path
 
+from axes import show
 from publish import publish
 from scipy.optimize import brentq
 from transfer_gap import load, make_parser, parse, summary, train
@@ -72,15 +73,11 @@ def main():
             for name, row in rows.items()
         },
     }
-    publish(f"certified_{results['name']}", results, markdown(results))
+    publish(f"certified_{results['name']}", results, markdown(results), args.output)
 
 
 def markdown(results):
     """A row per setting, with the contraction factor over all reals and over what the capped currents can reach."""
-
-    def cell(summary):
-        return f"{summary['mean']:.1f} ± {summary['standard_error']:.1f}"
-
     columns = [(variant, key) for variant in ("baseline", "sast") for key in ("surrogate", "hard", "gap")]
     lines = [
         "| neurons | contraction factor | surrogate, % | hard, % | gap, points | SAST: surrogate, % | hard, % | gap, points |",
@@ -90,7 +87,7 @@ def markdown(results):
         factor = f"{row['contraction_factor']:.2f}"
         if "certified.margin" in row["fields"]:
             factor = f"{1 - row['fields']['certified.margin']:.2f} where currents reach, {factor} elsewhere"
-        lines.append(f"| {name} | {factor} | " + " | ".join(cell(row[variant][key]) for variant, key in columns) + " |")
+        lines.append(f"| {name} | {factor} | " + " | ".join(show(row[variant], key) for variant, key in columns) + " |")
     data, seeds = results["data"], ", ".join(map(str, results["seeds"]))
     fields = ", ".join(results["overrides"]) or "no other field"
     text = (

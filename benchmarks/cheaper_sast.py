@@ -98,7 +98,7 @@ def main():
     fields = {"baseline": {}, "sast": {"sam.rho": args.rho}}
     fields |= {name: {"sam.rho": args.rho, **SCHEDULES[name][1]} for name in args.schedules.split(",")}
     shares = {name: own["num_epochs"] for name, own in fields.items() if "num_epochs" in own}
-    fields |= {name: {**fields[name], "num_epochs": round(num_epochs * share)} for name, share in shares.items()}
+    fields |= {name: {**fields[name], "num_epochs": max(1, round(num_epochs * share))} for name, share in shares.items()}
     shares = {name: fields[name]["num_epochs"] / num_epochs for name in shares}
     variants = {name: "baseline" if name == "baseline" else "sast" for name in fields}
 
@@ -110,7 +110,7 @@ def main():
             warm = {"warm_start": str(args.workdir / f"baseline-seed{seed}")} if name in shares else {}
             runs.setdefault(name, []).append(train(args, overrides, variants[name], seed, **own, **warm))
     results = {"rho": args.rho, **describe(args, overrides, runs), "cost_ratios": costs}
-    publish(f"cheaper_sast_{results['name']}", results, markdown(results))
+    publish(f"cheaper_sast_{results['name']}", results, markdown(results), args.output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from publish import RESULTS, publish
+from publish import Parser, publish
 
 from sast_jax import SpikingMLP
 from sast_jax.theory.training import convergence_bound
@@ -95,11 +95,11 @@ def settings(variant, num_steps, smoothness):
     return 1 / (smoothness * num_steps**0.5), RHO if variant == "constant" else RHO * num_steps**-0.25
 
 
-def run_all(smoothness):
+def run_all(smoothness, steps):
     """Mean squared gradient norms by variant and seed, and what was measured on the way."""
     norms, measured = {}, []
     for variant in VARIANTS:
-        for num_steps in STEPS:
+        for num_steps in steps:
             learning_rate, rho = settings(variant, num_steps, smoothness)
             carry = jnp.tile(START, (NUM_SEEDS, 1)), jnp.zeros(NUM_SEEDS)
             for stop in range(NUM_STOPS):
@@ -113,9 +113,11 @@ def run_all(smoothness):
 
 def main():
     """Measures until consistent, then writes table and figure."""
+    args = Parser(__doc__).parse_args()
+    steps = STEPS[:2] if args.small else STEPS
     smoothness, _ = (1.5 * float(value) for value in measure(START[None]))
     while True:
-        norms, curvature, variance = run_all(smoothness)
+        norms, curvature, variance = run_all(smoothness, steps)
         print(f"smoothness {smoothness:.3g}, largest curvature measured {curvature:.3g}, variance {variance:.3g}", flush=True)
         if curvature <= smoothness:
             break
@@ -123,7 +125,7 @@ def main():
     rows = {}
     for variant in VARIANTS:
         bounds = []
-        for num_steps in STEPS:
+        for num_steps in steps:
             learning_rate, rho = settings(variant, num_steps, smoothness)
             bound = convergence_bound(
                 num_steps,
@@ -137,10 +139,10 @@ def main():
             bounds.append(float(bound))
         means = [float(each.mean()) for each in norms[variant]]
         errors = [float(each.std(ddof=1) / np.sqrt(NUM_SEEDS)) for each in norms[variant]]
-        slopes = [float(np.polyfit(np.log(STEPS), np.log(values), 1)[0]) for values in (means, bounds)]
+        slopes = [float(np.polyfit(np.log(steps), np.log(values), 1)[0]) for values in (means, bounds)]
         rows[variant] = {"mean": means, "standard_error": errors, "bound": bounds, "slope": slopes[0], "bound_slope": slopes[1]}
     results = {
-        "num_steps": STEPS,
+        "num_steps": steps,
         "num_seeds": NUM_SEEDS,
         "batch_size": BATCH_SIZE,
         "rho": RHO,
@@ -152,8 +154,8 @@ def main():
         "loss_at_start": float(LOSS(START, EVERYTHING)),
         "variants": rows,
     }
-    publish("convergence", results, markdown(results))
-    draw(results, RESULTS / "convergence.png")
+    publish("convergence", results, markdown(results), args.output)
+    draw(results, args.output / "convergence.png")
 
 
 def markdown(results):

@@ -27,6 +27,7 @@ LAYERS = {
     "64x64, 2 to 16 channels, batch 8": (8, 64, 2, 16),
     "32x32, 16 to 32 channels, batch 8": (8, 32, 16, 32),
 }
+SMALL = {"6x6, 2 to 3 channels, batch 2": (2, 6, 2, 3), "6x6, 12 to 4 channels, batch 2": (2, 6, 12, 4)}
 KERNEL_SIZE = 5
 KINDS = ("forward", "weight gradient", "image gradient")
 
@@ -107,9 +108,10 @@ def markdown(tables, environment):
 def main():
     """Measures, then prints and writes the table."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])  # Before jax makes its threads.
-    environment = begin(__doc__)
-    tables = {title: measure(*layer, environment["rounds"]) for title, layer in LAYERS.items()}
-    publish("convolution", {"environment": environment, "layers": tables}, markdown(tables, environment))
+    args, environment = begin(__doc__)
+    layers = SMALL if args.small else LAYERS
+    tables = {title: measure(*layer, environment["rounds"]) for title, layer in layers.items()}
+    publish("convolution", {"environment": environment, "layers": tables}, markdown(tables, environment), args.output)
 
 
 if __name__ == "__main__":

@@ -239,8 +239,9 @@ def main():
         "robustness": "Corrupted: hard spikes, mean over 8 kinds and severities 0 to 5.",
     }
     summary = " ".join([text, *(note for suite, note in notes.items() if suite in args.suites)])
-    publish(f"deployment_{results['name']}", results, f"{text}\n{page}")
-    publish(f"deployment_summary_{results['name']}", {"rho": args.rho}, f"{summarize(evaluations, titles)}\n{summary}\n")
+    publish(f"deployment_{results['name']}", results, f"{text}\n{page}", args.output)
+    summary = f"{summarize(evaluations, titles)}\n{summary}\n"
+    publish(f"deployment_summary_{results['name']}", {"rho": args.rho}, summary, args.output)
 
 
 if __name__ == "__main__":

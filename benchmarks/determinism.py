@@ -7,7 +7,6 @@ those of the first. `--pythons` are further interpreters that have the package's
 `benchmarks/results/determinism.json` and `.md`, and the table into `docs/results.md`.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import sys
 import tempfile
 
 import numpy as np
-from publish import ROOT, publish
+from publish import ROOT, Parser, publish
 
 EPOCHS = (1, 8)
 
@@ -39,9 +38,9 @@ print(json.dumps({"environment": environment(), "python": sys.version.split()[0]
 """
 
 
-def train(workdir, python=sys.executable, *, one_thread=False):
+def train(workdir, epochs, python=sys.executable, *, one_thread=False):
     """Trains in a process of its own, and returns its weights, a row per number of epochs, and what it says of itself."""
-    command = ["taskset", "--cpu-list", "0"] * one_thread + [python, "-c", CHILD, str(workdir), *map(str, EPOCHS)]
+    command = ["taskset", "--cpu-list", "0"] * one_thread + [python, "-c", CHILD, str(workdir), *map(str, epochs)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return np.load(f"{workdir}/weights.npy"), json.loads(done.stdout.splitlines()[-1])
@@ -49,16 +48,17 @@ def train(workdir, python=sys.executable, *, one_thread=False):
 
 def main():
     """Trains everywhere, and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--pythons", default="", help="paths, separated by commas")
     args = parser.parse_args()
+    epochs = EPOCHS[:1] if args.small else EPOCHS
     places = {"same again": {}, "one thread": {"one_thread": True}}
     places |= {path: {"python": path} for path in args.pythons.split(",") if path}
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        expected, reference = train(f"{folder}/first")
+        expected, reference = train(f"{folder}/first", epochs)
         for index, (place, options) in enumerate(places.items()):
-            weights, said = train(f"{folder}/{index}", **options)
+            weights, said = train(f"{folder}/{index}", epochs, **options)
             name = f"Python {said['python']}, jax {said['environment']['jax']}" if "python" in options else place
             rows[name] = said | {
                 "equal": [bool((a == b).all()) for a, b in zip(weights, expected, strict=True)],
@@ -66,15 +66,18 @@ def main():
                 "hard_points": 100 * (said["hard_accuracy"][-1] - reference["hard_accuracy"][-1]),
             }
     versions = f"Python {reference['python']} and jax {reference['environment']['jax']}"
-    header = [f"weights after {epochs} epoch{'s' * (epochs > 1)}" for epochs in EPOCHS]
-    lines = [f"| compared with {versions} | {' | '.join(header)} | hard-spike accuracy then, points |", "|---|---|---|---|"]
+    header = [f"weights after {number} epoch{'s' * (number > 1)}" for number in epochs]
+    lines = [
+        f"| compared with {versions} | {' | '.join(header)} | hard-spike accuracy then, points |",
+        "|---" * (2 + len(epochs)) + "|",
+    ]
     for name, row in rows.items():
         cells = ["equal" if equal else f"{d:.1e}" for equal, d in zip(row["equal"], row["relative_difference"], strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} | {row['hard_points']:+.1f} |")
     lines.append(
         f"\nDifference of all weights, relative to their norm; {reference['environment']['num_cores']} CPU cores otherwise."
     )
-    publish("determinism", {"reference": reference, "places": rows}, "\n".join(lines) + "\n")
+    publish("determinism", {"reference": reference, "places": rows}, "\n".join(lines) + "\n", args.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The folders are runs on one data set. Predictors are measured on its validation 
 `benchmarks/results/gap_predictors_<data set>.json`, `.md` and `.png`.
 """
 
-import argparse
 import functools
 import textwrap
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from publish import RESULTS, publish
+from publish import Parser, publish
 from scipy.stats import spearmanr
 
 from sast_jax import load_run, spike_fn
@@ -120,7 +119,7 @@ def correlate(rows):
 
 def main():
     """Measures, then writes table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("workdirs", nargs="+", type=Path, metavar="DIR")
     args, rest = parser.parse_known_args()
     rows, splits = [], None
@@ -156,8 +155,8 @@ def main():
         "correlations": correlate(rows),
     }
     name = f"gap_predictors_{results['data']}"
-    publish(name, results, markdown(results))
-    draw(results, RESULTS / f"{name}.png")
+    publish(name, results, markdown(results), args.output)
+    draw(results, args.output / f"{name}.png")
 
 
 def markdown(results):

@@ -5,10 +5,9 @@
 Train steps and inference by order of work, time loop and precision, many runs at once, and the time until the first step of a
 run. The programs of a network are compiled side by side and then take turns of some steps each, which are waited for together, as
 in training. After each network it writes `benchmarks/results/gpu.json` and `.md`. What the memory is too small for, or the time,
-is listed as missing. `--small` tries it out on tiny networks and writes `gpu_small` instead.
+is listed as missing. `--small` tries it out on tiny networks.
 """
 
-import argparse
 import contextlib
 import functools
 import tempfile
@@ -19,7 +18,7 @@ from unittest import mock
 import jax
 import many_runs
 import numpy as np
-from publish import publish
+from publish import Parser, publish
 from train_step import Program, compile_all, make_program
 from turns import compare, show, take_turns
 
@@ -92,7 +91,7 @@ def convolve_in_pairs(images, kernel):
     return convolution._convolve_few(images, kernel) if few else convolution._convolve(images, kernel, "SAME")
 
 
-def measure(*workload):
+def measure(*workload, rounds=ROUNDS):
     """Returns a row per kind of step and way."""
     programs = compile_all(make_programs(*workload))
 
@@ -101,7 +100,7 @@ def measure(*workload):
             result = program.run()
         return result
 
-    seconds = take_turns({key: functools.partial(steps, program) for key, program in programs.items()}, ROUNDS)
+    seconds = take_turns({key: functools.partial(steps, program) for key, program in programs.items()}, rounds)
     return {
         f"{kind} | {way}": compare(values / STEPS, seconds[kind, DEFAULT] / STEPS)
         | {"compile_seconds": programs[kind, way].compile_seconds, "bytes": programs[kind, way].num_bytes}
@@ -109,10 +108,10 @@ def measure(*workload):
     }
 
 
-def first_step():
+def first_step(fields):
     """Trains a run for an epoch and returns what it reports of its start."""
     with tempfile.TemporaryDirectory() as folder:
-        results = train_and_evaluate(load_configs("configs/digits.py:sast", ["num_epochs=1"])[""], Path(folder) / "run")
+        results = train_and_evaluate(load_configs("configs/digits.py:sast", ["num_epochs=1", *fields])[""], Path(folder) / "run")
     return {key: results[key] for key in ("first_step_seconds", "wall_time_seconds", "num_devices")}
 
 
@@ -144,11 +143,10 @@ def markdown(results):
 
 def main():
     """Measures, then prints and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true")
-    args = parser.parse_args()
+    args = Parser(__doc__).parse_args()
     start = time.monotonic()
-    results = {"environment": environment(), "first_step": first_step(), "workloads": {}, "many_runs": {}, "missing": {}}
+    tiny, rounds = (many_runs.SMALL, 1) if args.small else ((), ROUNDS)
+    results = {"environment": environment(), "first_step": first_step(tiny), "workloads": {}, "many_runs": {}, "missing": {}}
 
     def take(table, workload, function, *arguments):
         if time.monotonic() - start > LIMIT:
@@ -162,14 +160,13 @@ def main():
                 results["missing"][workload] = str(error).partition("\n")[0]
         results["seconds"] = time.monotonic() - start
         # A GPU may be gone before all is measured.
-        publish("gpu_small" if args.small else "gpu", results, markdown(results))
+        publish("gpu", results, markdown(results), args.output)
 
     for workload, sizes in (SMALL if args.small else WORKLOADS).items():
-        take("workloads", workload, measure, *sizes)
+        take("workloads", workload, functools.partial(measure, rounds=rounds), *sizes)
     numbers = (1, 2) if args.small else (1, 8, 64)
-    tiny = ("network.features=2", "batch_size=4", "dataset.num_time_steps=3") if args.small else ()
     for workload, overrides in list(many_runs.WORKLOADS.items())[::2]:
-        take("many_runs", workload, many_runs.measure, (*overrides, *tiny), numbers, ROUNDS)
+        take("many_runs", workload, many_runs.measure, (*overrides, *tiny), numbers, rounds)
 
 
 if __name__ == "__main__":

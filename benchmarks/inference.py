@@ -25,6 +25,7 @@ WORKLOADS = {
     "conv 34x34x2 - 16 - 32, T 50, batch 16": (SpikingConvNet(10, features=(16, 32)), 34, 50, 16),
     "conv 64x64x2 - 16 - 32, T 25, batch 16": (SpikingConvNet(10, features=(16, 32)), 64, 25, 16),
 }
+SMALL = {"conv 8x8x2 - 2 - 3, T 2, batch 4": (SpikingConvNet(10, features=(2, 3)), 8, 2, 4)}
 
 
 def make_candidates(network, size, num_time_steps, batch_size):
@@ -82,9 +83,10 @@ def markdown(tables, environment):
 def main():
     """Measures, then prints and writes the table."""
     split_cpu()
-    environment = begin(__doc__)
-    tables = {name: measure(workload, environment["rounds"]) for name, workload in WORKLOADS.items()}
-    publish("inference", {"environment": environment, "workloads": tables}, markdown(tables, environment))
+    args, environment = begin(__doc__)
+    workloads = SMALL if args.small else WORKLOADS
+    tables = {name: measure(workload, environment["rounds"]) for name, workload in workloads.items()}
+    publish("inference", {"environment": environment, "workloads": tables}, markdown(tables, environment), args.output)
 
 
 if __name__ == "__main__":

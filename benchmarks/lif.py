@@ -22,6 +22,7 @@ from sast_jax.neurons import LIFState, remaining_potential
 from sast_jax.pallas import lif_pallas
 
 SHAPES = {"conv layer, 34x34x12": (10, 32, 34, 34, 12), "dense layer, 512": (25, 128, 512)}
+SMALL = {"conv layer, 3x3x2": (10, 2, 3, 3, 2)}
 NEURON = {"decay": 0.9, "threshold": 1.0, "reset": "zero", "spike_fn": spike_fn("surrogate")}
 
 
@@ -139,11 +140,12 @@ def markdown(tables, environment):
 
 def main():
     """Measures, then prints and writes the tables."""
-    environment = begin(__doc__)
+    args, environment = begin(__doc__)
+    shapes = SMALL if args.small else SHAPES
     tables = {
-        f"{title}, T {shape[0]}, batch {shape[1]}": measure(shape, environment["rounds"]) for title, shape in SHAPES.items()
+        f"{title}, T {shape[0]}, batch {shape[1]}": measure(shape, environment["rounds"]) for title, shape in shapes.items()
     }
-    publish("lif", {"environment": environment, "workloads": tables}, markdown(tables, environment))
+    publish("lif", {"environment": environment, "workloads": tables}, markdown(tables, environment), args.output)
 
 
 if __name__ == "__main__":

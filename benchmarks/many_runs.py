@@ -10,12 +10,11 @@ time per run over that of the single run. Writes `benchmarks/results/many_runs.j
 `docs/results.md`.
 """
 
-import argparse
 import os
 
 import jax
 import numpy as np
-from publish import processor, publish
+from publish import Parser, processor, publish
 from train_step import Program, compile_all
 from turns import take_turns
 
@@ -34,6 +33,7 @@ WORKLOADS = {
     "dense 2312 - 64 - 10, T 10, batch 32": ("network.kind=mlp", "network.features=64"),
     "dense 2312 - 512 - 10, T 10, batch 32": ("network.kind=mlp", "network.features=512"),
 }
+SMALL = ("network.features=2", "batch_size=4", "dataset.num_time_steps=3")
 NUM_STEPS = 1000
 
 
@@ -108,19 +108,20 @@ def markdown(tables, settings):
 
 def main():
     """Measures, then prints and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--runs", default="1,2,4,8", help="numbers of runs; the first one is the reference")
     args = parser.parse_args()
     keep_freed_memory()
     split_cpu()
-    numbers = [int(number) for number in args.runs.split(",")]
-    settings = {"rounds": args.rounds, "load": os.getloadavg()[0], "processor": processor(), "environment": environment()}
+    numbers = [1, 2] if args.small else [int(number) for number in args.runs.split(",")]
+    rounds, small = (2, SMALL) if args.small else (args.rounds, ())
+    settings = {"rounds": rounds, "load": os.getloadavg()[0], "processor": processor(), "environment": environment()}
     tables = {}
     for name, overrides in WORKLOADS.items():
-        tables[name] = measure(overrides, numbers, args.rounds)
+        tables[name] = measure((*overrides, *small), numbers, rounds)
         print(name, tables[name], flush=True)
-    publish("many_runs", {**settings, "workloads": tables}, markdown(tables, settings))
+    publish("many_runs", {**settings, "workloads": tables}, markdown(tables, settings), args.output)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ trained straight-through and tested with hard spikes, on persons they have not s
 `.md`, and the table into `docs/results.md`.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from publish import publish
+from publish import Parser, publish
 from transfer_gap import cell, numbers
 
 from sast_jax.allocator import keep_freed_memory
@@ -31,6 +29,7 @@ CONDITIONS = {
     "shuffled": "with memory, frames in random order",
 }
 WITHOUT_MEMORY = ["network.decay=0", "network.readout_decay=0", "network.reset=zero"]
+SMALL = ("network.features=4,4", "dataset.num_time_steps=4", "num_epochs=1")
 CIRCLES = [label for label, name in enumerate(CLASSES) if name.endswith("clockwise")]
 
 
@@ -78,10 +77,10 @@ def run(condition, seed, overrides):
 def main():
     """Trains, and writes the table."""
     keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2))
     args, rest = parser.parse_known_args()
-    overrides = [text.removeprefix("--config.") for text in rest]
+    overrides = [*(SMALL if args.small else ()), *(text.removeprefix("--config.") for text in rest)]
 
     runs = {}
     for seed in args.seeds:
@@ -103,7 +102,7 @@ def main():
         f"{100 / len(CLASSES):.0f} % and, for the direction of a circle, 50 %."
     )
     results = {"seeds": args.seeds, "overrides": overrides, "environment": environment(), "methods": methods, **one}
-    publish("memory", results, "\n".join(lines) + f"\n\n{text}\n")
+    publish("memory", results, "\n".join(lines) + f"\n\n{text}\n", args.output)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from publish import RESULTS, publish
+from publish import Parser, publish
 
 from sast_jax import SpikingConvNet, sam
 from sast_jax.data import Batch
@@ -40,7 +40,7 @@ def child(num_time_steps, time_chunk):
     print(json.dumps({"temporary_bytes": step.memory_analysis().temp_size_in_bytes, "peak_bytes": peak}))
 
 
-def plot(rows):
+def plot(rows, path):
     """Memory against length."""
     figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
     for chunked, color, label in ((False, "#8d99ae", "all kept"), (True, "#d1495b", "in chunks of √T steps")):
@@ -54,12 +54,12 @@ def plot(rows):
     axes.grid(color="#e9ecef")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(RESULTS / "memory_over_time.png", dpi=160)
+    figure.savefig(path, dpi=160)
 
 
 def main():
     """Measures, then prints and writes the table and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -67,7 +67,7 @@ def main():
         child(**args.child)
         return
     rows = []
-    for num_time_steps in args.lengths:
+    for num_time_steps in (4, 9) if args.small else args.lengths:
         for time_chunk in (0, math.isqrt(num_time_steps)):
             settings = {"num_time_steps": num_time_steps, "time_chunk": time_chunk}
             command = [sys.executable, __file__, "--child", json.dumps(settings)]
@@ -86,8 +86,9 @@ def main():
         f"jax {jax.__version__} on {device}. Temporary: what the compiled step asks for beside weights and frames. The process "
         "includes Python, jax, compilation and frames."
     )
-    publish("memory_over_time", {"jax": jax.__version__, "device": device, "rows": rows}, "\n".join(lines) + f"\n\n{text}\n")
-    plot(rows)
+    results = {"jax": jax.__version__, "device": device, "rows": rows}
+    publish("memory_over_time", results, "\n".join(lines) + f"\n\n{text}\n", args.output)
+    plot(rows, args.output / "memory_over_time.png")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@ r"""Whether other libraries see what the hard network sees in an exported graph,
     python benchmarks/nir_readers.py runs/nmnist/baseline runs/nmnist/sast
 
 Each run is exported, read back by NumPy alone (the tests' simulator), by snnTorch and by norse with the functions they have for
-it, and run on all test recordings. Needs the extra `interop`. Writes `benchmarks/results/nir_readers.json` and `.md`, and the
-table into its page.
+it, and run on all test recordings. Libraries are those of the extra `interop`; a missing one is left out. Writes
+`benchmarks/results/nir_readers.json` and `.md`, and the table into its page.
 """
 
-import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import io
 import sys
 import tempfile
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nir
 import numpy as np
-from publish import ROOT, publish
+from publish import ROOT, Parser, publish
 
 from sast_jax import load_run
 from sast_jax.data import evaluation_batches, sensor_size
@@ -28,7 +28,8 @@ from sast_jax.training.build import load_data
 sys.path.insert(0, str(ROOT))
 from tests.nir_simulator import simulate
 
-READERS = {"numpy": "NumPy, from NIR's equations", "snntorch": "snnTorch", "norse": "norse"}
+READERS = {"numpy": "NumPy, from NIR's equations"}
+READERS |= {name: title for name, title in (("snntorch", "snnTorch"), ("norse", "norse")) if importlib.util.find_spec(name)}
 
 
 def read_with_numpy(graph, frames):
@@ -125,15 +126,16 @@ def markdown(results):
 
 def main():
     """Compares, and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("workdirs", nargs="+", type=Path, help="folders of trained runs")
-    workdirs = parser.parse_args().workdirs
+    args = parser.parse_args()
+    workdirs = args.workdirs
     if len({workdir.name for workdir in workdirs}) < len(workdirs):
         parser.error("rows are named by the runs' folders, which must differ in name")
     runs = {workdir.name: compare(workdir) for workdir in workdirs}
-    versions = {name: importlib.metadata.version(name) for name in ("snntorch", "norse", "nir")}
+    versions = {name: importlib.metadata.version(name) for name in ("nir", *READERS) if name != "numpy"}
     results = {"first": next(iter(runs)), "runs": runs, "versions": versions}
-    publish("nir_readers", results, markdown(results))
+    publish("nir_readers", results, markdown(results), args.output)
 
 
 if __name__ == "__main__":

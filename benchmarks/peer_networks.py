@@ -24,8 +24,6 @@ DECAY, SLOPE, RHO, LEARNING_RATE, NUM_CLASSES, KERNEL, POOL = 0.9, 2.0, 0.1, 1e-
 CORES = len(os.sched_getaffinity(0))
 ON_GPU = os.environ.get("PEERS_DEVICE") == "gpu"
 """Set by the parent, for all libraries alike."""
-WARM_UP = 2.0
-"""Seconds of steps before the first round, for each kind of step. Heaps still grow in the first of them."""
 
 
 class Workload(NamedTuple):
@@ -71,6 +69,10 @@ WORKLOADS = {
     "conv 64x64x2 - 16 - 32, T 25, batch 16": Workload(64, (16, 32), KERNEL, 25, 16),
     "dense 2312 - 512 - 10, T 25, batch 128": Workload(34, (512,), 0, 25, 128),
     "conv 34x34x2 - 12 - 32, T 10, batch 32": Workload(34, (12, 32), KERNEL, 10, 32),  # The default network.
+}
+SMALL = {
+    "conv 8x8x2 - 8 - 8, T 5, batch 4": Workload(8, (8, 8), KERNEL, 5, 4),
+    "dense 128 - 8 - 10, T 5, batch 4": Workload(8, (8,), 0, 5, 4),
 }
 if ON_GPU:  # Which those leave all but idle.
     WORKLOADS["conv 34x34x2 - 16 - 32, T 10, batch 512"] = Workload(34, (16, 32), KERNEL, 10, 512)
@@ -623,7 +625,7 @@ def answer(program, command, kind, argument):
             np.savez(argument, *([program.infer()] if kind == "infer" else program.first_gradient(kind)))
         return seconds
     if command == "warm_up":
-        while time.perf_counter() - start < WARM_UP:
+        while time.perf_counter() - start < float(argument):
             program.run(kind)
             program.wait()
         return None
@@ -653,7 +655,7 @@ def main():
         if args.library == "floor":
             program = Machine()
         else:
-            workload = WORKLOADS[args.workload]
+            workload = (WORKLOADS | SMALL)[args.workload]
             batches = make_batch(workload, 0), make_batch(workload, 1)
             program = LIBRARIES[args.library][0](workload, make_weights(workload), batches)
         print(json.dumps("ready"), file=out)

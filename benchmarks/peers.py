@@ -13,7 +13,6 @@ network and processor into `docs/results.md`; on a GPU `peers_gpu.json` and `.md
 networks only prints.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import itertools
@@ -28,12 +27,15 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
-from peer_networks import CORES, LIBRARIES, MACHINE, ON_GPU, OWN_WAYS, WORKLOADS
-from publish import RESULTS, processor, publish
+from peer_networks import CORES, LIBRARIES, MACHINE, ON_GPU, OWN_WAYS, SMALL, WORKLOADS
+from publish import Parser, processor, publish
 
 KINDS = {"train": "train step, ms", "sast": "SAST step, ms", "infer": "inference, ms"}
 QUIET = 0.1
 """Processors that other programs may take in a round that counts as quiet."""
+
+WARM_UP = 2.0
+"""Seconds of steps before the first round, for each kind of step. Heaps still grow in the first of them."""
 
 PACKAGES = ("jax", "torch", "spikingjelly", "snntorch", "norse", "slax", "spyx")
 
@@ -153,7 +155,7 @@ def prepare(workload, libraries, pool):
     return children, rows
 
 
-def measure(workload, children, rows, rounds, steps):
+def measure(workload, children, rows, rounds, steps, warm_up):
     """Times what is prepared; returns the rows, and the rounds with what was seen of the load."""
     machine = Child("floor")
     ours = [*children.values(), machine]
@@ -162,7 +164,7 @@ def measure(workload, children, rows, rounds, steps):
     kinds = {name: [kind for kind in KINDS if kind in row.get("compile_seconds", ())] for name, row in rows.items()}
     for child, own in [(machine, MACHINE), *((child, kinds[name]) for name, child in children.items())]:
         for kind in own:  # In the first steps after compilation a heap still grows.
-            child.ask("warm_up", kind, "-")
+            child.ask("warm_up", kind, warm_up)
     rows |= {name: {"error": child.error} for name, child in children.items() if child.error}
     working = {name: child for name, child in children.items() if not child.error}
     turns = [(machine, kind) for kind in MACHINE] + [(child, kind) for name, child in working.items() for kind in kinds[name]]
@@ -194,7 +196,7 @@ def measure(workload, children, rows, rounds, steps):
     peaks = {kind: work / float(np.median(times["floor", kind])) for kind, work in MACHINE.items()}
     floor = {"gigaflops": round(peaks["matmul"] / 1e9, 1), "gigabytes_per_second": round(peaks["copy"] / 1e9, 2)}
     for kind in KINDS:
-        operations, num_bytes = WORKLOADS[workload].cost(kind)
+        operations, num_bytes = (WORKLOADS | SMALL)[workload].cost(kind)
         compute, memory = operations / peaks["matmul"], num_bytes / peaks["copy"]
         floor[kind] = {"milliseconds": round(1e3 * max(compute, memory), 3), "of": "products" if compute > memory else "memory"}
     return {"rows": rows, "floor": floor, "rounds": found, "quiet_rounds": len(quiet), "counted_rounds": len(counted)}
@@ -281,7 +283,7 @@ def device_name():
 
 def main():
     """Measures, then prints and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=3, help="timed in a round")
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
@@ -291,9 +293,10 @@ def main():
     for package in PACKAGES:
         if importlib.util.find_spec(package):
             versions[package] = importlib.metadata.version(package)
-    environment = {"device": device_name(), "cores": CORES, "rounds": args.rounds, "steps": args.steps, "versions": versions}
+    rounds, warm_up = (2, 0.0) if args.small else (args.rounds, WARM_UP)
+    environment = {"device": device_name(), "cores": CORES, "rounds": rounds, "steps": args.steps, "versions": versions}
     libraries = ["sast_jax", *(name for name in args.libraries if name != "sast_jax")]
-    workloads = [list(WORKLOADS)[number] for number in args.workloads]
+    workloads = list(SMALL) if args.small else [list(WORKLOADS)[number] for number in args.workloads]
     tables = {}
     # A CPU is left to one at a time; beside a GPU there are cores enough, and compiling would take most of the time.
     with ThreadPoolExecutor(CORES if ON_GPU else 1) as libraries_pool, ThreadPoolExecutor() as workloads_pool:
@@ -302,17 +305,19 @@ def main():
             children, rows = prepared[name].result() if ON_GPU else prepare(name, libraries, libraries_pool)
             print(name, flush=True)
             wait(prepared.values())
-            tables[name] = measure(name, children, rows, args.rounds, args.steps)
+            tables[name] = measure(name, children, rows, rounds, args.steps, warm_up)
             if ON_GPU:  # Time may be over before all is measured.
-                publish("peers_gpu", {"environment": environment, "workloads": tables}, markdown(tables, environment))
+                results = {"environment": environment, "workloads": tables}
+                publish("peers_gpu", results, markdown(tables, environment), args.output)
     if ON_GPU:
         return
     one = {"environment": environment, "workloads": tables}
-    if {*libraries} == {*LIBRARIES} and {*workloads} == {*WORKLOADS}:
+    if args.small or ({*libraries} == {*LIBRARIES} and {*workloads} == {*WORKLOADS}):
         number = "_".join(re.findall(r"\d+", device_name().rpartition("(")[2]))
-        publish(f"peers_cpu_{number}", one, markdown(tables, environment))
-        results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("peers_cpu_*.json"))]
-        publish("peers", {"tables": [one["environment"]["device"] for one in results]}, summary(results))
+        publish(f"peers_cpu_{number}", one, markdown(tables, environment), args.output)
+        results = [json.loads(file.read_text()) for file in sorted(args.output.glob("peers_cpu_*.json"))]
+        devices = [one["environment"]["device"] for one in results]
+        publish("peers", {"tables": devices}, summary(results), args.output)
     else:
         print(markdown(tables, environment), summary([one]), sep="\n")
 

@@ -8,7 +8,6 @@ used); grain reads ahead in one thread, as sast_jax does. The ways take turns, s
 Writes `benchmarks/results/pipeline.json` and `.md`, and the table into `docs/results.md`.
 """
 
-import argparse
 import itertools
 import os
 import tempfile
@@ -19,7 +18,7 @@ import grain
 import jax
 import numpy as np
 import tonic
-from publish import processor, publish
+from publish import Parser, processor, publish
 
 from sast_jax.config import load_configs
 from sast_jax.data import DESCENT, Prefetch, batch_indices, make_take, sensor_size, take_batch
@@ -35,6 +34,7 @@ WORKLOADS = {
         ["dataset.num_test=2", "dataset.num_validation=0", "batch_size=8"],  # Ten recordings are at hand.
     ),
 }
+SMALL = ("network.features=2", "dataset.num_time_steps=3", "dataset.num_validation=0", "batch_size=4")
 ENDLESS = 10**9
 
 
@@ -196,13 +196,14 @@ def markdown(tables, environment):
 
 def main():
     """Measures, then prints and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, default=20, help="in a round, without train steps")
     parser.add_argument("--steps", type=int, default=4, help="in a round, each with its batch")
     args = parser.parse_args()
     if not Path(os.environ.get("SAST_JAX_DATA", "")).is_dir():
         parser.error("the environment variable SAST_JAX_DATA must name the folder of NMNIST/ and DVSGesture/")
+    rounds, small = (2, SMALL) if args.small else (args.rounds, ())
     environment = {
         "device": processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -210,15 +211,15 @@ def main():
         "jax": jax.__version__,
         "grain": grain.__version__,
         "tonic": tonic.__version__,
-        "rounds": args.rounds,
+        "rounds": rounds,
     }
     tables = {}
     for title, (spec, overrides) in WORKLOADS.items():
-        config = load_configs(spec, overrides)[""]
+        config = load_configs(spec, [*overrides, *small])[""]
         height, width = sensor_size(config.dataset.name, config.dataset.downsample)
         workload = f"{title}, {height}x{width}, T {config.dataset.num_time_steps}, batch {config.batch_size}"
-        tables[workload] = measure(config, args.rounds, args.batches, args.steps)
-    publish("pipeline", {"environment": environment, "workloads": tables}, markdown(tables, environment))
+        tables[workload] = measure(config, rounds, args.batches, args.steps)
+    publish("pipeline", {"environment": environment, "workloads": tables}, markdown(tables, environment), args.output)
 
 
 if __name__ == "__main__":

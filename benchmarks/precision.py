@@ -39,7 +39,7 @@ def main():
                 found = train(args, overrides, variant, seed, **{"network.precision": precision})
                 runs.setdefault(f"{variant} {precision}", []).append(found)
     results = describe(args, overrides, runs, example="sast float32")
-    publish(f"precision_{results['name']}", results, markdown(results))
+    publish(f"precision_{results['name']}", results, markdown(results), args.output)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def main():
         "real": {method: {key: summary(each)[key] for key in ("surrogate", "hard", "gap")} for method, each in tested.items()},
     }
     results["config"]["dataset"]["images"] = ""
-    publish("sim_to_real", results, markdown(results))
+    publish("sim_to_real", results, markdown(results), args.output)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-from publish import RESULTS, ROOT, publish
+from publish import ROOT, Parser, publish
 
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.config import load_configs
@@ -43,7 +43,7 @@ def memory():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def watch(checkpoint_every_epochs):
+def watch(fields):
     """Trains, and returns a row per epoch: step, megabytes, processor seconds of the epoch, programs compiled so far."""
     keep_freed_memory()
     split_cpu()
@@ -59,7 +59,6 @@ def watch(checkpoint_every_epochs):
         rows.append((step, memory(), now - before, len(compiled)))
         before = now
 
-    fields = FIELDS | {"checkpoint_every_epochs": checkpoint_every_epochs}
     (config,) = load_configs(f"{ROOT}/configs/digits.py:sast", [f"{key}={value}" for key, value in fields.items()]).values()
     with tempfile.TemporaryDirectory() as workdir, mock.patch.object(Progress, "report", report):
         train_and_evaluate(config, workdir)
@@ -102,14 +101,15 @@ def plot(results, path):
 
 def main():
     """Trains, and writes the table and the figure."""
-    results = {}
+    args = Parser(__doc__).parse_args()
+    fields, results = FIELDS | ({"num_epochs": 4} if args.small else {}), {}
     for name, every in CHECKPOINTS.items():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            rows = process.submit(watch, every).result()
+            rows = process.submit(watch, fields | {"checkpoint_every_epochs": min(every, fields["num_epochs"])}).result()
         results[name] = summarize(rows) | {"epochs": rows}
-    plot(results, RESULTS / "soak.png")
+    plot(results, args.output / "soak.png")
     first = next(iter(results.values()))
-    title = f"{first['num_steps']:,} steps, {FIELDS['num_epochs']} evaluations"
+    title = f"{first['num_steps']:,} steps, {fields['num_epochs']} evaluations"
     lines = [
         f"| {title} | memory, MB, epochs 2 to 21 | last 20 epochs | growth in the second half, kB an epoch "
         "| processor time of an epoch, s, epochs 2 to 21 | last 20 epochs | programs compiled in the first epoch | later |",
@@ -122,7 +122,8 @@ def main():
             f"| {name} | {memories} | {result['kilobytes_per_epoch']:.0f} | {seconds} | {result['compiled_in_first_epoch']} "
             f"| {result['compiled_later']} |"
         )
-    publish("soak", {"environment": environment(), "fields": FIELDS, "runs": results}, "\n".join(lines) + "\n")
+    results = {"environment": environment(), "fields": fields, "runs": results}
+    publish("soak", results, "\n".join(lines) + "\n", args.output)
 
 
 if __name__ == "__main__":

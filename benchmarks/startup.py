@@ -6,7 +6,6 @@ Each measurement is a process of its own, and the kinds take turns. Writes `benc
 table into `docs/results.md`.
 """
 
-import argparse
 import os
 import resource
 import subprocess
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from publish import processor, publish
+from publish import Parser, processor, publish
 
 IMPORTS = {
     "`import jax, flax.linen`": "import jax, flax.linen",
@@ -33,31 +32,33 @@ def run(*arguments, **variables):
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def train(folder, name, cache):
+def train(folder, name, cache, small=()):
     """Returns the seconds of a training of one epoch."""
-    options = ("--config=configs/digits.py:sast", "--config.num_epochs=1", f"--workdir={folder / name}")
+    options = ("--config=configs/digits.py:sast", "--config.num_epochs=1", f"--workdir={folder / name}", *small)
     return run("-m", "sast_jax", "train", *options, SAST_JAX_CACHE=str(folder / "cache"), **cache)
 
 
 def main():
     """Measures, then prints and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--trainings", type=int, default=3)
     args = parser.parse_args()
-    settings = {"rounds": args.rounds, "trainings": args.trainings, "load": os.getloadavg()[0], "processor": processor()}
+    num_rounds, num_trainings = (1, 1) if args.small else (args.rounds, args.trainings)
+    settings = {"rounds": num_rounds, "trainings": num_trainings, "load": os.getloadavg()[0], "processor": processor()}
     seconds = {name: [] for name in IMPORTS}
-    for _ in range(args.rounds + 1):
+    for _ in range(num_rounds + 1):
         for name, code in IMPORTS.items():
             seconds[name].append(run("-c", code))
     seconds = {name: values[1:] for name, values in seconds.items()}  # The first round fills the file cache.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train(folder, "fill", {})
-        for number in range(args.trainings):
+        small = ("--config.dataset.num_time_steps=3", "--config.network.features=4") if args.small else ()
+        train(folder, "fill", {}, small)
+        for number in range(num_trainings):
             for title, cache in ((COMPILED, {"JAX_ENABLE_COMPILATION_CACHE": "false"}), (AT_HAND, {})):
-                seconds.setdefault(title, []).append(train(folder, f"{number}-{len(cache)}", cache))
-    publish("startup", {**settings, "seconds": seconds}, markdown(seconds, settings))
+                seconds.setdefault(title, []).append(train(folder, f"{number}-{len(cache)}", cache, small))
+    publish("startup", {**settings, "seconds": seconds}, markdown(seconds, settings), args.output)
 
 
 def markdown(seconds, settings):

@@ -51,6 +51,14 @@ WORKLOADS = {
     "conv 34x34x2 - 12 - 32, T 10, batch 32": (CONV, True, 10, 32),
     "dense 2312 - 512 - 10, T 25, batch 128": (DENSE, False, 25, 128),
 }
+SMALL = {
+    "conv 34x34x2 - 2, T 3, batch 4": (
+        {name: (network.clone(features=(2,)), *rest) for name, (network, *rest) in CONV.items()}, True, 3, 4
+    ),
+    "dense 2312 - 8 - 10, T 3, batch 4": (
+        {name: (network.clone(features=(8,)), *rest) for name, (network, *rest) in DENSE.items()}, False, 3, 4
+    ),
+}  # fmt: skip
 
 
 class Program:
@@ -132,9 +140,10 @@ def markdown(tables, environment):
 def main():
     """Measures, then prints and writes the tables."""
     split_cpu()
-    environment = begin(__doc__)
-    tables = {workload: measure(*arguments, environment["rounds"]) for workload, arguments in WORKLOADS.items()}
-    publish("train_step", {"environment": environment, "workloads": tables}, markdown(tables, environment))
+    args, environment = begin(__doc__)
+    workloads = SMALL if args.small else WORKLOADS
+    tables = {workload: measure(*arguments, environment["rounds"]) for workload, arguments in workloads.items()}
+    publish("train_step", {"environment": environment, "workloads": tables}, markdown(tables, environment), args.output)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ which are others, and evaluated on the test part. Finished runs are not repeated
 again. Writes `benchmarks/results/transfer_gap_<config>.json`, `.md` and `.png`, and the table into its page.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
-from publish import RESULTS, publish
+from publish import Parser, publish
 
 from sast_jax.allocator import keep_freed_memory
 from sast_jax.config import load_configs
@@ -36,6 +35,9 @@ PAPER = {
     "65.7 % to 94.7 %, gap 30.3 to 2.5 points, epoch time 2.08x."
 }
 
+SMALL = ("network.features=4,4", "dataset.num_time_steps=3", "dataset.downsample=2", "num_epochs=1")
+"""What `--small` sets of the config."""
+
 
 def numbers(text):
     """Parses `1,2,3`: one number at least."""
@@ -47,7 +49,7 @@ def numbers(text):
 
 def make_parser(description):
     """The arguments that all tables of runs share; `--config.section.key=value` may follow."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = Parser(description)
     parser.add_argument("--config", required=True, help="config file with the variants baseline, sast and straight_through")
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2))
@@ -59,7 +61,7 @@ def parse(parser):
     keep_freed_memory()
     split_cpu()
     args, rest = parser.parse_known_args()
-    return args, [text.removeprefix("--config.") for text in rest]
+    return args, [*(SMALL if args.small else ()), *(text.removeprefix("--config.") for text in rest)]
 
 
 def load(args, overrides, variant, **fields):
@@ -228,8 +230,8 @@ def main():
         **describe(args, overrides, runs),
     }
     name = f"transfer_gap_{results['name']}"
-    publish(name, results, markdown(results))
-    draw(results, RESULTS / f"{name}.png")
+    publish(name, results, markdown(results), args.output)
+    draw(results, args.output / f"{name}.png")
 
 
 if __name__ == "__main__":

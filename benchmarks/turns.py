@@ -1,13 +1,12 @@
 """Candidates that take turns in one process, so that what slows the machine slows all of them."""
 
-import argparse
 import itertools
 import os
 import time
 
 import jax
 import numpy as np
-from publish import processor
+from publish import Parser, processor
 
 from sast_jax.allocator import keep_freed_memory
 
@@ -37,12 +36,13 @@ def show(row, digits):
 
 
 def begin(description):
-    """Reads the number of rounds from the command line, prepares the process, and describes both."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    """Returns the arguments of the command line, and what they and the process are, which it prepares."""
+    parser = Parser(description)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    args = parser.parse_args()
+    rounds = 2 if args.small else args.rounds
     keep_freed_memory()
-    return {
+    return args, {
         "device": processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
