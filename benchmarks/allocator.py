@@ -4,7 +4,7 @@
 
 Settings hold for a process, so each has one of its own; all are started first and take turns then, one step that is not timed and
 one that is. A row's ratio is the median, over the rounds, of its time over that of the first setting. Writes
-`benchmarks/results/allocator.json` and `.md`, and the table into `docs/results.md`.
+`benchmarks/results/allocator.json` and `.md`, and the table into `docs/results/speed.md`.
 """
 
 import os

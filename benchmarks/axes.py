@@ -6,7 +6,7 @@ r"""Where there is a transfer gap, and where SAST narrows it: one property of th
 Every setting is the config with what its row says, trained plainly and by SAST with radius `--rho`; the map takes all
 combinations of `--slopes` and `--rhos`. Nothing is selected: all that was trained is shown. Finished runs are not repeated.
 Writes `axes_<config>` and `slope_rho_<config>` into `benchmarks/results/`, each as `.json` and `.md`, the second as `.png` too,
-and the tables into `docs/results.md`.
+and the tables into `docs/results/gap.md`.
 """
 
 import numpy as np

@@ -6,7 +6,7 @@ r"""What it costs to keep every layer contracting, by each of the ways there are
 A network with steep surrogates does not contract. It does with the largest slope, or the largest decay, whose contraction
 factor is `1 - margin` over all reals, or with its currents capped at every step (`certified.margin`). Each is trained with and
 without SAM; what is trained already in the folder is not repeated. Writes `benchmarks/results/certified_<config>.json` and
-`.md`, and the table into `docs/results.md`.
+`.md`, and the table into `docs/results/theory.md`.
 """
 
 import math

@@ -5,7 +5,7 @@
 All take turns on a single core, as each device of a split CPU has one. A ratio is the median, over the rounds, of a time over
 that of `jax.lax.conv_general_dilated`, or of the gradient that jax derives from it, in the same round. Results are compared
 first. PyTorch has a row where it is installed. Writes `benchmarks/results/convolution.json` and `.md`, and the table into
-`docs/results.md`.
+`docs/results/speed.md`.
 """
 
 import functools

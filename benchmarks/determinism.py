@@ -4,7 +4,7 @@ r"""What the same seed gives elsewhere: in another process, on fewer threads, un
 
 Trains a dense network under SAST on simulated digits, each time in a process of its own, and compares the final weights with
 those of the first. `--pythons` are further interpreters that have the package's dependencies. Writes
-`benchmarks/results/determinism.json` and `.md`, and the table into `docs/results.md`.
+`benchmarks/results/determinism.json` and `.md`, and the table into `docs/results/reliability.md`.
 """
 
 import json

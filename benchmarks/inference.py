@@ -4,7 +4,7 @@
 
 The candidates take turns, so that a busy machine slows all of them alike; a row's ratio is the median, over the rounds, of its
 time over that of the first row of its kind. Writes `benchmarks/results/inference.json` and `.md`, and the table into
-`docs/results.md`.
+`docs/results/speed.md`.
 """
 
 import functools

@@ -6,7 +6,7 @@ The ways take turns; a row's ratio is the median, over the rounds, of its time o
 must be read and written - forward the currents and the spikes, with the gradient also the potentials there and back, the
 spikes' cotangents and the currents' - over the bandwidth of a copy measured in the same rounds. The kernels of `lif_pallas` are
 timed where there is a GPU or TPU; on a CPU they are interpreted. Writes `benchmarks/results/lif.json` and `.md`, and the table
-into `docs/results.md`.
+into `docs/results/speed.md`.
 """
 
 import functools

@@ -7,7 +7,7 @@ single one of a convolutional network by its samples.
 
 The programs take turns, so that a busy machine slows all of them alike; a ratio is the median, over the rounds, of a program's
 time per run over that of the single run. Writes `benchmarks/results/many_runs.json` and `.md`, and the table into
-`docs/results.md`.
+`docs/results/speed.md`.
 """
 
 import os

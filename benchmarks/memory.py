@@ -5,7 +5,7 @@ r"""What memory is worth on gestures: the network of the config, one without mem
 Without memory, decay and readout decay are 0 and the reset is to zero: the logits are a mean over frames of a function of
 one frame. The third network is the first, trained and tested on recordings whose frames are each shuffled in time. All are
 trained straight-through and tested with hard spikes, on persons they have not seen. Writes `benchmarks/results/memory.json` and
-`.md`, and the table into `docs/results.md`.
+`.md`, and the table into `docs/results/simulation.md`.
 """
 
 import jax

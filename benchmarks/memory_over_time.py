@@ -4,7 +4,7 @@
 
 Each length has a process of its own, which compiles the step and takes it once. Two measures: what the compiled step asks for
 beside its arguments, and the peak of the process. The chunk is the square root of the number of steps. Writes
-`benchmarks/results/memory_over_time.json`, `.md` and `.png`, and the table into `docs/results.md`.
+`benchmarks/results/memory_over_time.json`, `.md` and `.png`, and the table into `docs/results/speed.md`.
 """
 
 import argparse

@@ -9,7 +9,7 @@ and wait for each other: first each warms up, then in each round a process takes
 What other programs take of the processors is measured in each round, and rounds with foreign load are left out where enough are
 quiet. Logits and gradients are compared with those of sast_jax before anything is timed. Libraries that are missing get a row
 that says so. Writes `benchmarks/results/peers_cpu_FAMILY_MODEL.json` and `.md`, the numbers of the processor, and a line per
-network and processor into `docs/results.md`; on a GPU `peers_gpu.json` and `.md`. On a CPU, a run of some libraries or
+network and processor into `docs/results/speed.md`; on a GPU `peers_gpu.json` and `.md`. On a CPU, a run of some libraries or
 networks only prints.
 """
 

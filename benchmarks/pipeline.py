@@ -5,7 +5,7 @@
 Needs the recordings in `$SAST_JAX_DATA` and `pip install grain`. Each way ends with a time-major batch of 0 and 1 on the device.
 tonic's go through the recordings one by one in a plain loop, as PyTorch's DataLoader does without workers (PyTorch itself is not
 used); grain reads ahead in one thread, as sast_jax does. The ways take turns, so that a busy machine slows all of them alike.
-Writes `benchmarks/results/pipeline.json` and `.md`, and the table into `docs/results.md`.
+Writes `benchmarks/results/pipeline.json` and `.md`, and the table into `docs/results/speed.md`.
 """
 
 import itertools

@@ -3,7 +3,7 @@
     python benchmarks/precision.py --config=configs/digits.py --workdir=runs/precision --config.num_epochs=10
 
 Weights, potentials and the optimizer are float32 in both. Finished runs are not repeated. Writes
-`benchmarks/results/precision_<config>.json` and `.md`, and the table into `docs/results.md`.
+`benchmarks/results/precision_<config>.json` and `.md`, and the table into `docs/results/speed.md`.
 """
 
 import numpy as np

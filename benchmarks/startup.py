@@ -3,7 +3,7 @@
     python benchmarks/startup.py
 
 Each measurement is a process of its own, and the kinds take turns. Writes `benchmarks/results/startup.json` and `.md`, and the
-table into `docs/results.md`.
+table into `docs/results/speed.md`.
 """
 
 import os

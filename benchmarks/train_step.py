@@ -5,7 +5,7 @@
 The candidates take turns, so that a busy machine slows all of them alike; a row's ratio is the median, over the rounds, of
 its time over that of the default. Each core of a CPU is a device for the convolutional network, one device has all for the
 dense one, as in training by the command, but where a row says otherwise.
-Writes `benchmarks/results/train_step.json` and `.md`, and the table into `docs/results.md`.
+Writes `benchmarks/results/train_step.json` and `.md`, and the table into `docs/results/speed.md`.
 """
 
 import contextlib

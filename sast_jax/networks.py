@@ -116,7 +116,7 @@ class SpikingNetwork(nn.Module):
             of a second layer reach the threshold and learning starts slowly.
         order: `layer_major` takes all T steps through one layer before the next (T * B images at once through each synapse);
             `step_major` takes all layers through one step before the next. Equal up to rounding; they differ in speed and memory.
-            `auto`: `step_major` for convolutions on a CPU, else `layer_major`; see docs/results.md.
+            `auto`: `step_major` for convolutions on a CPU, else `layer_major`; see docs/results/speed.md.
         unroll: Steps per iteration of the compiled time loop, or `None` for all of them (no loop is left). 0: one on a CPU,
             elsewhere all, at most 32. Kernels have no such loop.
         precision: Of the products of weights with frames and spikes, but for a leaky readout's. In `bfloat16` they are half as

@@ -5,7 +5,7 @@ r"""Kills commands at random moments, restarts them, and checks that nothing is 
 A kill (SIGKILL, which no program can handle) comes after a random time, or at a random file operation: an audit hook counts
 every file or folder that Python opens for writing, makes, renames or removes, and dies right before one of them. After each
 kill the case's check reads what is there. A command that ends is compared with one that was never killed. Writes
-`benchmarks/results/kill.json` and `.md`, and the table into `docs/results.md`.
+`benchmarks/results/kill.json` and `.md`, and the table into `docs/results/reliability.md`.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from sast_jax.data import simulated
 from tests.conftest import gesture_events, write_nmnist_file
 
 FOLDER = Path("benchmarks").resolve()
-PUBLISHED = [Path("README.md"), Path("docs/results.md"), *sorted((FOLDER / "results").iterdir())]
+PUBLISHED = [Path("README.md"), *sorted(Path("docs/results").iterdir()), *sorted((FOLDER / "results").iterdir())]
 
 
 def load(name):
