@@ -373,6 +373,6 @@ def _interrupt_again(unraisable):
     """Python drops an interrupt that falls into a callback, as of jax's in a garbage collection: it is raised once more."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         signal.signal(signal.SIGINT, _interrupt)
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
