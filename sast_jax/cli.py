@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -373,6 +374,14 @@ def _interrupt_again(unraisable):
     """Python drops an interrupt that falls into a callback, as of jax's in a garbage collection: it is raised once more."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         signal.signal(signal.SIGINT, _interrupt)
-        threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        threading.Thread(target=_insist, daemon=True).start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _insist():
+    """Interrupts the main thread until it answers: one that is about to sleep does not see a signal before it wakes."""
+    time.sleep(0.05)
+    while signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+        time.sleep(0.05)
