@@ -145,7 +145,8 @@ def _curvature_statements(network, params, frames, labels, rho):
         logits = network.apply({"params": params}, frames).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(params, frames, labels)
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
+    loss, gradient = value_and_grad(params, frames, labels)
     norm = float(optax.tree.norm(gradient))
     analytic = network_lib.smoothness_bounds(network, params, frames, rho)
     sizes = [max(map(abs, training_lib.hessian_extremes(loss_fn, params, frames, labels, tolerance=1e-2)))]
@@ -161,7 +162,7 @@ def _curvature_statements(network, params, frames, labels, rho):
         return
     perturbed = jax.tree.map(lambda w, g: w + rho * g / norm, params, gradient)
     sizes.append(max(map(abs, training_lib.hessian_extremes(loss_fn, perturbed, frames, labels, tolerance=1e-2))))
-    value = float(jax.jit(loss_fn)(perturbed, frames, labels))
+    value = float(value_and_grad(perturbed, frames, labels)[0])
     lower, upper = training_lib.sam_sandwich(float(loss), norm, rho, max(sizes))
     yield Statement(
         "network",
