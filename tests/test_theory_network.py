@@ -217,18 +217,19 @@ def test_smoothness_bounds_cover_convolutions_and_rate_readouts(float64):
 
 def test_weight_norms_of_convolutions_are_sums_over_their_places():
     """Where a single layer is trained the bound of the gradient is a multiple of its R, here from loops over kernels."""
-    network = SpikingConvNet(num_classes=2, features=(3, 4), kernel_size=2, slope=1.0, decay=0.5)
-    shape, num_time_steps = (5, 4, 2), 3
+    # Large enough for the kernels of XLA's library that a constant kernel would make wrong.
+    network = SpikingConvNet(num_classes=2, features=(17, 4), kernel_size=3, slope=1.0, decay=0.5)
+    shape, num_time_steps = (16, 16, 2), 3
     frames = np.random.default_rng(0).integers(0, 3, (num_time_steps, 4, *shape)).astype(float)
     params = init(network, shape)
     _, conv_1, readout = layer_bounds(network, params, np.zeros(shape), np.ones(shape), num_time_steps)
     spike_gain = 0.5 * sum(contraction_factor(**neuron_parameters(network)) ** t for t in range(num_time_steps))
     behind = np.sqrt(2) * spike_gain * readout.norm_2
-    inputs = {"conv_1": np.ones((1, 2, 2, 3)), "conv_0": frames.reshape(-1, *shape)}  # Pooled spikes are at most 1.
+    inputs = {"conv_1": np.ones((1, 8, 8, 17)), "conv_0": frames.reshape(-1, *shape)}  # Pooled spikes are at most 1.
     for name, each in inputs.items():
         height, width = each.shape[1:3]
-        padded = np.pad(np.square(each).sum(-1), ((0, 0), (0, 1), (0, 1)))
-        places = sum(padded[:, i : i + height, j : j + width] for i, j in np.ndindex(2, 2)) + 1  # The bias.
+        padded = np.pad(np.square(each).sum(-1), ((0, 0), (1, 1), (1, 1)))
+        places = sum(padded[:, i : i + height, j : j + width] for i, j in np.ndindex(3, 3)) + 1  # The bias.
         expected = behind * np.sqrt(places.sum((1, 2)).max())
         assert smoothness_bounds(network, params, frames, layers=(name,)).gradient == pytest.approx(expected, rel=1e-9)
         behind *= spike_gain * conv_1.norm_2
