@@ -12,6 +12,7 @@ import optax.contrib
 import pytest
 
 from sast_jax import SpikingConvNet, SpikingMLP, sam
+from tests.weights import random_params
 
 RHO, LEARNING_RATE, NUM_STEPS = 0.2, 0.3, 8
 
@@ -100,11 +101,11 @@ def spiking_loss(network):
         logits = network.apply({"params": params}, frames).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, y[:4]).mean()
 
-    @jax.jit
-    def init(key):
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), network.init(key, frames)["params"])
+    def init(rng):
+        params = random_params(network, frames.shape[2:], seed=int(rng.integers(1000)))
+        return jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
 
-    return lambda rng: init(jax.random.key(int(rng.integers(1000)))), loss
+    return init, loss
 
 
 MODELS = {

@@ -245,22 +245,24 @@ def descend(network: SpikingNetwork, params: Any, recordings: Recordings, start:
 
     Adam on the logarithms of both, so that they stay positive; the weights get no gradient.
     """
-    tx = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _NUM_STEPS))
-
-    @jax.jit
-    def step(params, logarithms, state, batch):
-        def loss(logarithms):
-            settings = jax.tree.map(jnp.exp, logarithms)
-            logits = apply(network, params, batch.frames, "straight_through", settings).logits
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
-
-        updates, state = tx.update(jax.grad(loss)(logarithms), state)
-        return optax.apply_updates(logarithms, updates), state
-
     logarithms = jax.tree.map(jnp.log, start)
-    state = tx.init(logarithms)
+    state = _descent.init(logarithms)
     size = min(_DESCENT_BATCH_SIZE, len(recordings.labels))
     for number in range(_NUM_STEPS):
         indices = batch_indices(len(recordings.labels), size, seed=0, stream=DESCENT, step=number)
-        logarithms, state = step(params, logarithms, state, take_batch(recordings, indices))
+        logarithms, state = _descent_step(network, params, logarithms, state, take_batch(recordings, indices))
     return jax.tree.map(lambda value: np.exp(np.asarray(value)), logarithms)
+
+
+_descent = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _NUM_STEPS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _descent_step(network, params, logarithms, state, batch):
+    def loss(logarithms):
+        settings = jax.tree.map(jnp.exp, logarithms)
+        logits = apply(network, params, batch.frames, "straight_through", settings).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+    updates, state = _descent.update(jax.grad(loss)(logarithms), state)
+    return optax.apply_updates(logarithms, updates), state

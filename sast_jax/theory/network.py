@@ -321,8 +321,8 @@ def smoothness_bounds(
 def _derivative_bounds(network, index, params, ones, squares):
     """The squares of R and C of `smoothness_bounds`, the norm of the synapse, and the squares of the largest spikes.
 
-    `ones` are weights of 1. They are an argument because XLA's sum of a convolution with a constant kernel is wrong: it is that
-    of one channel (jaxlib 0.10.2).
+    `ones` are weights of 1. They are an argument because the compiled sum of a large convolution with a constant kernel is wrong
+    on a CPU (jaxlib 0.10.2).
     """
     # Sums over the places of a kernel, for one channel: all are equal.
     patches = _synapse(network, ones, index)(squares)
