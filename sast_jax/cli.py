@@ -83,69 +83,73 @@ def _take_back_strictness():
     jax.config.update("jax_numpy_rank_promotion", "allow")
 
 
+_FIELDS = "Set any field with --config.section.key=VALUE."
+_RECORDINGS = "Recordings that have moved: --config.dataset.root=FOLDER."
+
+
 def _parse(argv):
     parser = argparse.ArgumentParser(
         prog="sast-jax",
-        description="Trains spiking networks through smooth spikes and reports what the swap to hard spikes costs.",
+        description="Trains spiking networks on smooth spikes and measures what the swap to hard spikes costs.",
+        epilog="Each command explains itself: sast-jax COMMAND --help",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"sast-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train the run or runs of a config, or go on with them", allow_abbrev=False)
-    train.add_argument(
-        "--config", required=True, metavar="NAME[:VARIANT]", help="a shipped config or a file: digits:sast, mine.py"
-    )
-    train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, made if missing")
-    train.add_argument(
-        "--hosts",
-        metavar="ADDRESS",
-        help="of the processes that share the training: auto (as under Slurm), or HOST:PORT,INDEX,NUMBER",
-    )
-    train.epilog = "Any field can be set: --config.section.key=VALUE, as --config.sam.rho=0.1"
-    evaluate = commands.add_parser("evaluate", help="evaluate a trained run on its test part", allow_abbrev=False)
-    evaluate.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run, or of a pair")
-    evaluate.add_argument(
-        "--suite",
-        default="transfer",
-        metavar="NAMES",
-        help="of transfer, calibration, quantization, synops, robustness, all; separated by commas (transfer)",
-    )
-    evaluate.epilog = "Where the recordings lie now can be set: --config.dataset.root=FOLDER"
-    theory = commands.add_parser("theory", help="compare the theory's bounds with a trained run", allow_abbrev=False)
-    theory.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run, or of a pair")
-    theory.epilog = evaluate.epilog
-    data = commands.add_parser("data", help="prepare, describe or draw the data set of a config", allow_abbrev=False)
-    data.add_argument(
-        "action", choices=("prepare", "info", "view"), help="fill the cache; print counts and rates; draw a recording"
-    )
-    data.add_argument("--config", required=True, metavar="NAME[:VARIANT]", help="a shipped config or a file: nmnist, mine.py")
-    data.add_argument("--workdir", metavar="DIR", help="where data.json (info) or the picture (view, else here) goes")
-    data.add_argument("--recording", metavar="ID", default="", help="view: which one, as Train/3/00042; else the first")
+
+    def add(name, purpose, example, note=""):
+        return commands.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
+            epilog="\n".join(filter(None, [f"example: sast-jax {example}", note])),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def add_config(command, what="a shipped config, as digits, or a file; a variant after a colon, as digits:sast"):
+        command.add_argument("--config", required=True, metavar="NAME", help=what)
+
+    def add_workdir(command, what="folder of a run, or of a pair", **options):
+        command.add_argument("--workdir", metavar="DIR", help=what, **{"required": True, **options})
+
+    train = add("train", "train a config's runs, or go on with them", "train --config=digits:sast --workdir=runs/sast", _FIELDS)
+    add_config(train)
+    add_workdir(train, "folder of the run, made if missing")
+    train.add_argument("--hosts", metavar="ADDRESS", help="for several hosts: auto under Slurm, else HOST:PORT,INDEX,NUMBER")
+
+    evaluate = add("evaluate", "evaluate a trained run on its test part", "evaluate --workdir=runs/sast --suite=all", _RECORDINGS)
+    add_workdir(evaluate)
+    suites = "one or more of transfer, calibration, quantization, synops, robustness, with commas; or all (default: transfer)"
+    evaluate.add_argument("--suite", default="transfer", metavar="NAMES", help=suites)
+
+    add_workdir(add("theory", "compare the theory's bounds with a trained run", "theory --workdir=runs/sast", _RECORDINGS))
+
+    data = add("data", "prepare, describe or draw a config's data set", "data info --config=nmnist --config.dataset.root=FOLDER")
+    actions = "prepare: fill the cache; info: print counts and rates; view: draw a recording"
+    data.add_argument("action", choices=("prepare", "info", "view"), help=actions)
+    add_config(data)
+    add_workdir(data, "where data.json (info) or the picture (view) goes; default for view: here", required=False)
+    data.add_argument("--recording", metavar="ID", default="", help="view: which one, as Train/3/00042; default: the first")
     data.add_argument("--format", choices=("png", "gif"), default="png", help="view: strip of frames, or animation")
-    export = commands.add_parser("export", help="write a trained run as a NIR graph", allow_abbrev=False)
-    export.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run; of a pair, its last is taken")
+
+    export = add("export", "write a trained run as a NIR graph", "export --workdir=runs/sast --output=net.nir")
+    add_workdir(export, "folder of a run; of a pair, the last one is taken")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write, as net.nir")
-    sweep = commands.add_parser("sweep", help="train, select and compare the methods of a study, or go on", allow_abbrev=False)
-    sweep.add_argument("--config", required=True, metavar="NAME", help="a shipped study or a file: study_digits")
-    sweep.add_argument("--workdir", required=True, metavar="DIR", help="folder of the study, made if missing")
-    sweep.add_argument(
-        "--together",
-        metavar="N",
-        type=_positive,
-        help="runs trained as one program, at most (on a CPU 1, else as many as fit in memory)",
+    export.add_argument("--calibration", metavar="METHOD", help="take the thresholds and gains of this method, or of: chosen")
+
+    example = "sweep --config=study_digits_small --workdir=runs/study --processes=2"
+    sweep = add(
+        "sweep", "train and compare the methods of a study, or go on", example, f"{_FIELDS} It is then fixed, not selected."
     )
-    sweep.add_argument(
-        "--processes",
-        metavar="N",
-        type=_positive,
-        default=1,
-        help="runs trained side by side on a CPU, each on its share of the cores",
-    )
-    sweep.epilog = "Any field can be set for all methods: --config.section.key=VALUE; one that is selected is then fixed"
-    export.add_argument("--calibration", metavar="METHOD", help="with what this method of the suite calibration found, or chosen")
-    report = commands.add_parser("report", help="show all that is known of a run in one HTML file", allow_abbrev=False)
-    report.add_argument("--workdir", required=True, metavar="DIR", help="folder of a run, or of a pair")
-    report.epilog = evaluate.epilog
+    add_config(sweep, "a shipped study, as study_digits, or a file")
+    add_workdir(sweep, "folder of the study, made if missing")
+    together = "train up to N runs as one program (default: 1 on a CPU, else as many as fit in memory)"
+    sweep.add_argument("--together", metavar="N", type=_positive, help=together)
+    processes = "train N runs side by side on a CPU, each on its share of the cores"
+    sweep.add_argument("--processes", metavar="N", type=_positive, default=1, help=processes)
+
+    add_workdir(add("report", "show all that is known of a run in one HTML file", "report --workdir=runs/sast", _RECORDINGS))
     rest, overrides = _split_overrides(argv)
     return parser.parse_args(rest), overrides
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from sast_jax import Calibration, load_run
+from sast_jax import Calibration, cli, load_run
 from sast_jax.cli import format_table, main
 from sast_jax.errors import SuspicionWarning, UserError, show_warning
 from sast_jax.evaluation.suites import SUITES
@@ -252,6 +253,16 @@ def test_wrong_command_line_shows_its_usage(arguments, capsys):
         main(arguments)
     assert error.value.code == 2
     assert "usage: sast-jax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "theory", "data", "export", "sweep", "report"])
+def test_help_of_each_command_shows_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0
+    (example,) = re.findall(r"^example: sast-jax (.+)$", capsys.readouterr().out, re.M)
+    assert example.split()[0] == command
+    assert cli._parse(example.split())[0].command == command
 
 
 def test_table_aligns_its_columns():
