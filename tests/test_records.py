@@ -133,6 +133,12 @@ def test_calibration_of_other_layers_is_not_taken_by_position(run):
     method = value["calibration"]["methods"][value["calibration"]["chosen"]]
     loaded = load_run(run)
     assert len(load_calibration(loaded, "chosen").gains) == 1
+    for wrong in ([1.0, 2.0, 3.0], -1.0, []):
+        changed_file = copy.deepcopy(value)
+        changed_file["calibration"]["methods"][value["calibration"]["chosen"]]["gains"] = {"dense_0": wrong}
+        (run / EVALUATION).write_text(json.dumps(changed_file))
+        with pytest.raises(UserError, match="gains of dense_0 must be a positive number, or 8, one per channel"):
+            load_calibration(loaded, "chosen")
     method["gains"] = {"other_0": next(iter(method["gains"].values()))}
     (run / EVALUATION).write_text(json.dumps(value))
     with pytest.raises(UserError, match="thresholds and gains of 'chosen' must be of the layers dense_0"):

@@ -128,7 +128,18 @@ def load_calibration(run: Run, method: str) -> Calibration:
             f"{run.workdir / EVALUATION}: thresholds and gains of {method!r} must be of the layers {', '.join(names)}; "
             "remove it and evaluate again"
         )
-    return Calibration(*(tuple(np.array(found[key][name]) for name in names) for key in ("thresholds", "gains")))
+    values = {key: [np.array(found[key][name]) for name in names] for key in ("thresholds", "gains")}
+    channels = [len(run.params[name]["bias"]) for name in names]
+    refuse(
+        [
+            f"{key} of {name} must be a positive number, or {number}, one per channel; got {value.tolist()!r:.60}"
+            for key, each in values.items()
+            for name, value, number in zip(names, each, channels, strict=True)
+            if value.shape not in ((), (1,), (number,)) or not (value > 0).all()
+        ],
+        f"{run.workdir / EVALUATION}: the calibration {method!r} is not of this network; remove the file and evaluate again:",
+    )
+    return Calibration(*map(tuple, values.values()))
 
 
 def evaluate_run(
