@@ -14,7 +14,7 @@ import sast_jax
 PACKAGE = Path("sast_jax")
 
 LAYERS = [
-    {"accumulation", "allocator", "errors", "text"},
+    {"accumulation", "allocator", "errors", "randomness", "text"},
     {"devices", "files"},
     {"compilation"},
     {"convolution", "spikes", "sam", "data.events"},
