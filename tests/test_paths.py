@@ -394,7 +394,7 @@ def test_checkpoint_that_cannot_be_written_is_one_message_that_says_what_to_do(t
     checkpoints.wait()
     if which == "full disk":
         limit(resource.RLIMIT_FSIZE, 300)
-        message = r"File too large.*earlier ones are kept. Allow larger files"
+        message = r"File too large.*earlier ones are kept. Make room, or allow larger files"
     else:
         (tmp_path / "run").rename(tmp_path / "elsewhere")
         (tmp_path / "run").write_text("in the way")
@@ -433,7 +433,10 @@ def test_recordings_and_folders_that_are_not_utf_8_work(tmp_path, monkeypatch):
             "-n 16",
             r"\(Too many open files\); earlier ones are kept. Allow more open files \(ulimit -n 4096\), and the same command",
         ),
-        ("-f 60", r"\(File too large\); earlier ones are kept. Allow larger files \(ulimit -f unlimited\), and the same command"),
+        (
+            "-f 60",
+            r"\(File too large\); earlier ones are kept. Make room, or allow larger files \(ulimit -f unlimited\), and the",
+        ),
     ],
 )
 def test_command_that_cannot_save_ends_with_one_message(tmp_path, resources, message):

@@ -184,7 +184,7 @@ _ADVICE = {
     errno.ENOENT: "move the folder back if it was moved",
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room, as the quota of the disk is used up",
-    errno.EFBIG: "allow larger files (ulimit -f unlimited)",
+    errno.EFBIG: "make room, or allow larger files (ulimit -f unlimited)",
 }
 
 
