@@ -128,7 +128,7 @@ def test_run_that_met_a_full_disk_goes_on_bit_for_bit(trained, config, tmp_path,
             self.close()
 
     monkeypatch.setattr(Checkpoints, "save", full_from_the_second_on)
-    with pytest.raises(UserError, match=r"a checkpoint could not be written to .*Allow larger files"):
+    with pytest.raises(UserError, match=r"a checkpoint could not be written to .*Make room"):
         train_and_evaluate(config, tmp_path / "full")
     assert load_run(tmp_path / "full").step == 3
     monkeypatch.setattr(Checkpoints, "save", save)
