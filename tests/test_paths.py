@@ -426,8 +426,8 @@ def test_recordings_and_folders_that_are_not_utf_8_work(tmp_path, monkeypatch):
 
 # Which call of which library fails first, and so how it words the error, depends on how many files are open by then.
 TOO_MANY = (
-    r"\((OSError: \[Errno 24\] )?Too many open files.*\); earlier ones are kept. Allow more open files \(ulimit -n 4096\), and the "
-    "same command"
+    r"\((OSError: \[Errno 24\] )?Too many open files.*\); earlier ones are kept. Allow more open files "
+    r"\(ulimit -n 4096\), and the same command"
 )
 
 
