@@ -14,7 +14,6 @@ import subprocess
 import sys
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from publish import Parser, publish
@@ -42,6 +41,11 @@ def child(num_time_steps, time_chunk):
 
 def plot(rows, path):
     """Memory against length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
     for chunked, color, label in ((False, "#8d99ae", "all kept"), (True, "#d1495b", "in chunks of √T steps")):
         own = [row for row in rows if bool(row["time_chunk"]) == chunked]

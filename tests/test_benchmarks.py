@@ -459,9 +459,10 @@ def test_peers_and_their_networks_answer_on_equal_weights(library, package, peer
             assert row["error"] == "not installed"
             pytest.skip(f"{package} is not installed")
         kinds = ("train", "infer") if library == "norse" else ("train", "sast", "infer")
+        assert row["compile_seconds"].keys() == {*kinds}
         for kind in kinds:
             assert_timed(row[kind] | {"ratio": row[kind]["ratio"][1]})
-            assert row["compile_seconds"][kind] > 0
+            assert row["compile_seconds"][kind] >= 0  # Rounded to hundredths.
         if library in ("sast_jax", "plain PyTorch", "plain PyTorch, torch.compile", "SpikingJelly", "slax"):
             assert max(row["difference"].values()) < 1e-3
         assert min(workload["floor"]["gigaflops"], workload["floor"]["gigabytes_per_second"]) > 0
