@@ -326,11 +326,6 @@ def _other_run(meta, identity):
     return problems
 
 
-def _without_defaults(fields):
-    """Fields of a config without those that a later version may have brought."""
-    return {key: value for key, value in fields.items() if not is_default(key, value)}
-
-
 def _read_arrays(folder: Path, target: Any) -> Any:
     """Reads the arrays that `target` stands for from a checkpoint's folder `state`."""
     import orbax.checkpoint as ocp
