@@ -10,7 +10,6 @@ from sast_jax.errors import UserError
 from sast_jax.files import atomic_write
 from sast_jax.text import align
 
-
 _BRIGHTER, _DARKER = (31, 90, 200), (215, 90, 30)
 _COLUMNS = 10  # Of frames in a strip.
 
